@@ -1,0 +1,158 @@
+"""Every compression setting, validated, to and from JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CONFIG_NAME = "oto_config.json"
+
+TARGET_UNITS = ("params", "macs", "groups")
+STRUCTURES = ("heads", "neurons")
+SALIENCIES = ("fisher", "taylor", "magnitude")
+
+
+@dataclass(frozen=True)
+class OTOConfig:
+    r"""
+    The settings of one compression run.
+
+    Args:
+        target_sparsity (`float`, *optional*, defaults to 0.5):
+            Share of the prunable part of the transformer blocks to remove, in [0, 1), measured in `target_unit`. The
+            prunable part is what the chosen `structures` own in the dense architecture; embeddings, LayerNorms and
+            task heads do not count. `None` runs HSPG as published: `lmbda`, `epsilon` and `warmup_ratio` decide.
+        target_unit (`str`, *optional*, defaults to `"params"`):
+            The currency of the target: `"params"` (weights), `"macs"` (multiply-accumulates of one sequence of
+            `macs_sequence_length` tokens) or `"groups"` (zero-invariant groups, every one counting 1).
+        macs_sequence_length (`int`, *optional*, defaults to 384):
+            Tokens of the sequence for which MACs are counted.
+        structures (`tuple[str, ...]`, *optional*, defaults to `("heads", "neurons")`):
+            Which structures may be removed.
+        warmup_ratio (`float`, *optional*, defaults to 0.15):
+            Share of all steps before the first group is made redundant: N_w / N. Saliency is gathered meanwhile. It is
+            no learning-rate warm-up. With `target_sparsity=None` it ends the penalised warm-up: N_p / N.
+        pruning_end_ratio (`float`, *optional*, defaults to 0.6):
+            Share of all steps by which the target is reached: N_p / N. What follows is recovery.
+        pruning_periods (`int`, *optional*, defaults to 10):
+            Number of selections, P, over which the removed share ramps up.
+        saliency (`str`, *optional*, defaults to `"fisher"`):
+            Score of a group: `"fisher"`, the running mean of the squared derivative by the group's mask; `"taylor"`,
+            that of its absolute value; `"magnitude"`, the mean square of the group's weights.
+        saliency_decay (`float`, *optional*, defaults to 0.98):
+            Decay per optimizer step of the running mean, in [0, 1).
+        epsilon (`float`, *optional*, defaults to 0.0):
+            Half-space parameter ε in [0, 1). A trial iterate with ⟨x̂_g, x_g⟩ < ε‖x_g‖² is projected to zero.
+        lmbda (`float`, *optional*, defaults to 0.001):
+            Weight λ of the group penalty in HSPG as published. Unused with a target, which sets each group's own.
+        min_heads (`int`, *optional*, defaults to 1):
+            Heads that every block keeps at least.
+        min_neurons (`int`, *optional*, defaults to 8):
+            FFN neurons that every block keeps at least.
+        round_to (`int`, *optional*, defaults to 8):
+            The kept FFN width of every block is a multiple of this; 1 rounds nothing.
+
+    Raises:
+        `ValueError`, `TypeError`: A setting breaks its rule; the message names the argument, the rule and the value.
+    """
+
+    target_sparsity: float | None = 0.5
+    target_unit: str = "params"
+    macs_sequence_length: int = 384
+    structures: tuple[str, ...] = STRUCTURES
+    warmup_ratio: float = 0.15
+    pruning_end_ratio: float = 0.6
+    pruning_periods: int = 10
+    saliency: str = "fisher"
+    saliency_decay: float = 0.98
+    epsilon: float = 0.0
+    lmbda: float = 1e-3
+    min_heads: int = 1
+    min_neurons: int = 8
+    round_to: int = 8
+
+    def __post_init__(self) -> None:
+        if isinstance(self.structures, str):
+            raise TypeError(f"`structures` must be a list of names, got the string {self.structures!r}.")
+        object.__setattr__(self, "structures", tuple(self.structures))
+        _check_choice("target_unit", self.target_unit, TARGET_UNITS)
+        _check_choice("saliency", self.saliency, SALIENCIES)
+        for structure in self.structures:
+            _check_choice("structures", structure, STRUCTURES)
+        if not self.structures or len(set(self.structures)) != len(self.structures):
+            raise ValueError(f"`structures` must name each structure once and at least one, got {self.structures}.")
+        if self.target_sparsity is not None:
+            _check_real("target_sparsity", self.target_sparsity, 0.0, 1.0)
+        _check_real("warmup_ratio", self.warmup_ratio, 0.0, 1.0)
+        _check_real("saliency_decay", self.saliency_decay, 0.0, 1.0)
+        _check_real("epsilon", self.epsilon, 0.0, 1.0)
+        _check_real("pruning_end_ratio", self.pruning_end_ratio, 0.0, 1.0, closed=True)
+        _check_real("lmbda", self.lmbda, 0.0, math.inf)
+        if self.target_sparsity is not None and self.warmup_ratio >= self.pruning_end_ratio:
+            raise ValueError(
+                f"`warmup_ratio` must be below `pruning_end_ratio`, got {self.warmup_ratio} and "
+                f"{self.pruning_end_ratio}: pruning happens between the two."
+            )
+        _check_integer("macs_sequence_length", self.macs_sequence_length, 1)
+        _check_integer("pruning_periods", self.pruning_periods, 1)
+        _check_integer("min_heads", self.min_heads, 0)
+        _check_integer("min_neurons", self.min_neurons, 0)
+        _check_integer("round_to", self.round_to, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON values."""
+        return {**dataclasses.asdict(self), "structures": list(self.structures)}
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> OTOConfig:
+        """The config of [`~OTOConfig.to_dict`]'s result. Raises `ValueError` on a name that is no setting."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(settings) - names):
+            raise ValueError(f"Unknown settings {unknown}. OTOConfig has: {', '.join(sorted(names))}.")
+        return cls(**settings)
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write `oto_config.json` into a folder, which is made if it is missing."""
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = directory / f".{CONFIG_NAME}.{os.getpid()}"
+        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        temporary.replace(directory / CONFIG_NAME)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike) -> OTOConfig:
+        """Read the `oto_config.json` of a folder. Raises `FileNotFoundError` if there is none, `ValueError` if bad."""
+        path = Path(directory) / CONFIG_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"No {CONFIG_NAME} in {directory}.")
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path} must hold one JSON object, got {type(settings).__name__}.")
+        return cls.from_dict(settings)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def _check_real(name: str, value: object, low: float, high: float, closed: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    if not (low <= value < high or (closed and value == high)):  # NaN is in no interval
+        raise ValueError(f"`{name}` must be in [{low:g}, {high:g}{']' if closed else ')'}, got {value}.")
+
+
+def _check_integer(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+    if value < low:
+        raise ValueError(f"`{name}` must be at least {low}, got {value}.")
