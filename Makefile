@@ -1,0 +1,33 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := hf_oto examples tests
+
+.PHONY: demo test style quality
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(BIN)/python examples/squad/demo.py
+
+# One thread per worker (tests/conftest.py), so two workers fill two cores.
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+style: $(READY)
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+quality: $(READY)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+# The stamp is written last: a set-up that was interrupted is done again. A half-made environment has no working pip
+# and is cleared. torch goes first and pinned, so that a CPU build, where pip is offered one, is the one taken.
+$(READY): pyproject.toml Makefile
+	rm -f $@
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -e ".[examples,test]"
+	touch $@
