@@ -1,0 +1,122 @@
+"""OTOConfig: every rule with its message, and the way to JSON and back."""
+
+import dataclasses
+import json
+import math
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_oto.config import CONFIG_NAME, SALIENCIES, STRUCTURES, TARGET_UNITS, OTOConfig
+
+NAN = math.nan
+share = st.floats(0, 1, exclude_max=True)
+# What a valid config may hold; warm-up and pruning end are drawn on either side of 0.5.
+VALID = st.builds(
+    OTOConfig,
+    target_sparsity=st.none() | share,
+    target_unit=st.sampled_from(TARGET_UNITS),
+    macs_sequence_length=st.integers(1, 10**6),
+    structures=st.sampled_from([("heads",), ("neurons",), STRUCTURES, STRUCTURES[::-1]]),
+    warmup_ratio=st.floats(0, 0.49),
+    pruning_end_ratio=st.floats(0.5, 1),
+    pruning_periods=st.integers(1, 1000),
+    saliency=st.sampled_from(SALIENCIES),
+    saliency_decay=share,
+    epsilon=share,
+    lmbda=st.floats(0, allow_infinity=False),
+    min_heads=st.integers(0, 64),
+    min_neurons=st.integers(0, 4096),
+    round_to=st.integers(1, 64),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        *[
+            (name, value, f"`{name}` must be in [0, 1), got {value}.")
+            for name in ("target_sparsity", "warmup_ratio", "saliency_decay", "epsilon")
+            for value in (-0.1, 1.0, 1.5, NAN, math.inf)
+        ],
+        *[("pruning_end_ratio", x, f"`pruning_end_ratio` must be in [0, 1], got {x}.") for x in (-0.1, 1.01, NAN)],
+        *[("lmbda", x, f"`lmbda` must be in [0, inf), got {x}.") for x in (-1e-3, NAN, math.inf)],
+        ("macs_sequence_length", 0, "`macs_sequence_length` must be at least 1, got 0."),
+        ("pruning_periods", 0, "`pruning_periods` must be at least 1, got 0."),
+        ("round_to", 0, "`round_to` must be at least 1, got 0."),
+        ("min_heads", -1, "`min_heads` must be at least 0, got -1."),
+        ("min_neurons", -1, "`min_neurons` must be at least 0, got -1."),
+        ("target_unit", "flops", "`target_unit` must be one of params, macs, groups, got 'flops'."),
+        ("saliency", "random", "`saliency` must be one of fisher, taylor, magnitude, got 'random'."),
+        ("structures", ["layers"], "`structures` must be one of heads, neurons, got 'layers'."),
+        ("structures", [], "`structures` must name each structure once and at least one, got ()."),
+        ("structures", ["heads"] * 2, "`structures` must name each structure once and at least one, got ('heads', "),
+        ("warmup_ratio", 0.6, "`warmup_ratio` must be below `pruning_end_ratio`, got 0.6 and 0.6"),
+    ],
+)
+def test_bad_value_is_refused(name, value, rule):
+    with pytest.raises(ValueError, match=re.escape(rule)):
+        OTOConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        *[
+            (name, value, f"`{name}` must be a number, got {value!r}.")
+            for name in ("target_sparsity", "warmup_ratio", "pruning_end_ratio", "saliency_decay", "epsilon", "lmbda")
+            for value in (True, "0.5")
+        ],
+        *[
+            (name, value, f"`{name}` must be an integer, got {value!r}.")
+            for name in ("macs_sequence_length", "pruning_periods", "min_heads", "min_neurons", "round_to")
+            for value in (True, 8.0, "8", None)
+        ],
+        ("structures", "heads", "`structures` must be a list of names, got the string 'heads'."),
+    ],
+)
+def test_wrong_type_is_refused(name, value, rule):
+    with pytest.raises(TypeError, match=re.escape(rule)):
+        OTOConfig(**{name: value})
+
+
+def test_limits_are_allowed():
+    OTOConfig(target_sparsity=0, warmup_ratio=0.0, pruning_end_ratio=1, epsilon=0, lmbda=0, min_heads=0, min_neurons=0)
+    # Without a target nothing is pruned between the two ratios, so their order says nothing.
+    OTOConfig(target_sparsity=None, warmup_ratio=0.9, pruning_end_ratio=0.1)
+
+
+def test_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        OTOConfig().target_sparsity = 0.9
+
+
+@given(VALID)
+def test_json_round_trip(config):
+    assert OTOConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False))) == config
+
+
+def test_saved_config_is_loaded(tmp_path):
+    config = OTOConfig(target_sparsity=0.3, structures=["neurons"], min_neurons=0)
+    config.save_pretrained(tmp_path / "new" / "folder")
+    assert OTOConfig.from_pretrained(tmp_path / "new" / "folder") == config
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == [CONFIG_NAME]
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match=r"Unknown settings \['sparsity', 'targt'\]\. OTOConfig has: .*target_unit"):
+        OTOConfig.from_dict({"targt": 0.5, "sparsity": 0.1, "epsilon": 0.0})
+
+
+@pytest.mark.parametrize(("text", "rule"), [("{", "is not JSON"), ("[1]", "must hold one JSON object, got list")])
+def test_bad_file_is_refused(tmp_path, text, rule):
+    (tmp_path / CONFIG_NAME).write_text(text)
+    with pytest.raises(ValueError, match=rule):
+        OTOConfig.from_pretrained(tmp_path)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"No {CONFIG_NAME} in"):
+        OTOConfig.from_pretrained(tmp_path)
