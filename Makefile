@@ -2,7 +2,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := hf_oto examples tests
 
 .PHONY: demo test style quality
 .DELETE_ON_ERROR:
@@ -15,12 +14,12 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 style: $(READY)
-	$(BIN)/ruff check --fix $(SOURCES)
-	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 quality: $(READY)
-	$(BIN)/ruff check $(SOURCES)
-	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # The stamp is written last: a set-up that was interrupted is done again. A half-made environment has no working pip
