@@ -1,0 +1,449 @@
+"""The pruned architectures: Transformers' own classes, each block with its own number of heads and neurons.
+
+This file and `architectures.py` are copied beside the weights of every pruned checkpoint, so that
+`from_pretrained(..., trust_remote_code=True)` rebuilds the model where hf_oto is not installed. They import torch and
+transformers only.
+
+A pruned config keeps the dense counts as its global values and says what each block has left in `per_layer_config`.
+"""
+
+import copy
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.bert.modeling_bert import BertSelfAttention
+from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAttention
+from transformers.models.electra.modeling_electra import ElectraSelfAttention
+from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
+from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaSelfAttention
+
+from .architectures import BLOCK_SPECS, BlockSpec, dense_model_type
+
+if not hasattr(PreTrainedConfig, "per_layer_config"):
+    raise ImportError(f"Pruned models need transformers 5.14 or later, got {transformers.__version__}. Upgrade it.")
+
+
+class PrunedConfig:
+    """
+    What the pruned configs add to their family's config.
+
+    Args:
+        head_dim (`int`):
+            Rows of a projection that one head owns. Pruning leaves it alone, so the dense
+            `hidden_size // num_attention_heads` holds in every block.
+        per_layer_config (`dict[int | str, dict[str, int]]`):
+            Heads and neurons left, for every block, under the family's own field names (`num_attention_heads` and
+            `intermediate_size`; `n_heads` and `hidden_dim` for DistilBERT). 0 is allowed.
+
+    Raises:
+        `ValueError`: The counts are no counts of a model pruned from the global values; see [`layer_counts`].
+    """
+
+    # Written for every block, also where a block kept all it had: the file shows the whole architecture.
+    serialize_explicit_per_layer_config = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # The comparison that `dataclass` makes reads per-layer fields as if they were global, and raises.
+        cls.__eq__ = PreTrainedConfig.__eq__  # type: ignore[assignment]
+
+    @property
+    def per_layer_config(self) -> Any:
+        return super().per_layer_config  # type: ignore[misc]
+
+    @per_layer_config.setter
+    def per_layer_config(self, value: Mapping[int | str, Mapping[str, int]] | None) -> None:
+        if value is not None:
+            layer_counts(self, value)
+        PreTrainedConfig.per_layer_config.fset(self, value)  # type: ignore[attr-defined]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        # All heads of the family, not only the one being saved: the base model can then be loaded from a task's
+        # checkpoint, and a task's model from a base checkpoint, where hf_oto is not installed.
+        module = type(self).__module__.rpartition(".")[2]
+        classes = {"AutoConfig": type(self), **{auto.__name__: cls for auto, cls in pruned_heads(type(self))}}
+        self.auto_map = {auto: f"{module}.{cls.__name__}" for auto, cls in classes.items()}
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
+
+
+def layer_counts(config: Any, per_layer_config: Any = None) -> list[tuple[int, int]]:
+    """
+    Heads and neurons that every block of a pruned config has left.
+
+    A config may come from anybody on the Hub, so all of it is checked here, before anything is allocated. An argument
+    `per_layer_config` is read instead of the config's own.
+
+    Returns:
+        `list[tuple[int, int]]`: (heads, neurons), block by block.
+
+    Raises:
+        `ValueError`: An entry is missing, unknown, no integer, negative or above the dense count.
+    """
+    spec = BLOCK_SPECS[dense_model_type(config.model_type)]
+    for flag, reason in spec.refused:
+        if getattr(config, flag, False):
+            raise ValueError(f"`{flag}` must be off in a pruned config: {reason}.")
+    if per_layer_config is None:
+        per_layer_config = config.to_dict().get("per_layer_config")
+    if not isinstance(per_layer_config, Mapping):
+        raise ValueError(
+            f"`per_layer_config` must give the heads and neurons left in each block of a pruned config, got "
+            f"{_shortened(per_layer_config)}. For a model that is not pruned use the family's own class."
+        )
+    # The per-layer fields may not be read from the config itself as if they were global.
+    dense = {name: vars(config)[name] for name in (spec.heads_field, spec.width_field)}
+    sizes = {"hidden_size": config.hidden_size, "head_dim": config.head_dim, **dense}
+    sizes["num_hidden_layers"] = layers = config.num_hidden_layers
+    for name, size in sizes.items():
+        if not _is_count(size) or size == 0:
+            raise ValueError(f"`{name}` must be a positive integer in a pruned config, got {size!r}.")
+    if config.head_dim * dense[spec.heads_field] != config.hidden_size:
+        raise ValueError(
+            f"`head_dim` * `{spec.heads_field}` must be `hidden_size` in a pruned config, got {config.head_dim} * "
+            f"{dense[spec.heads_field]} and {config.hidden_size}: global values are those before pruning."
+        )
+    entries = {int(key): entry for key, entry in per_layer_config.items() if re.fullmatch("[0-9]{1,9}", str(key))}
+    if not len(per_layer_config) == len(entries) == layers or set(entries) != set(range(layers)):
+        raise ValueError(
+            f"`per_layer_config` must have one entry for each of the {layers} blocks, got the keys "
+            f"{_shortened(list(per_layer_config))}."
+        )
+    for layer, entry in entries.items():
+        if not isinstance(entry, Mapping) or set(entry) != set(dense):
+            names = f"`{spec.heads_field}` and `{spec.width_field}`"
+            raise ValueError(f"`per_layer_config[{layer}]` must have {names}, no more, got {_shortened(entry)}.")
+        for name, limit in dense.items():
+            if not _is_count(entry[name]) or entry[name] > limit:
+                raise ValueError(
+                    f"`per_layer_config[{layer}]['{name}']` must be an integer from 0 to the dense {limit}, got "
+                    f"{_shortened(entry[name])}."
+                )
+    return [(entries[layer][spec.heads_field], entries[layer][spec.width_field]) for layer in range(layers)]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+class PrunedModel(PreTrainedModel):
+    """What the pruned models add to their dense classes: blocks of the sizes that the config gives."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        self._pruned = config, layer_counts(config)
+        # The dense classes read one number of heads and neurons from a config. The FFN is not worth allocating: every
+        # one is replaced. The heads are kept, the dense classes derive the head size from them.
+        uniform = copy.copy(config)
+        uniform.per_layer_config = None
+        setattr(uniform, BLOCK_SPECS[dense_model_type(config.model_type)].width_field, 1)
+        super().__init__(uniform, *args, **kwargs)
+
+    def post_init(self) -> None:
+        config, counts = self.__dict__.pop("_pruned")
+        config._attn_implementation = self.config._attn_implementation
+        for module in self.modules():
+            if "config" in vars(module):
+                module.config = config
+        spec = BLOCK_SPECS[dense_model_type(config.model_type)]
+        blocks = self.base_model.get_submodule(spec.blocks)
+        for layer, (heads, neurons) in enumerate(counts):
+            block = blocks.get_submodule(str(layer))
+            _resize(block, spec, config, heads, neurons)
+        super().post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        As [`~PreTrainedModel.from_pretrained`], but strict about the blocks: weights that are missing there, left over
+        or of another shape mean that config and weights are not of one model, and a new random initialization or a
+        dropped weight would pass for a result.
+
+        Raises:
+            `ValueError`: The weights do not fit the config.
+        """
+        kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model, info = loaded
+        path = f".{BLOCK_SPECS[dense_model_type(model.config.model_type)].blocks}."
+        wrong = [f"{key} is missing" for key in info["missing_keys"] if path in f".{key}"]
+        wrong += [f"{key} has no place" for key in info["unexpected_keys"] if path in f".{key}"]
+        wrong += [
+            f"{key} has shape {tuple(found)} instead of {tuple(expected)}"
+            for key, found, expected in info["mismatched_keys"]
+            if path in f".{key}" or not ignore_mismatched_sizes
+        ]
+        if wrong:
+            raise ValueError(
+                f"The weights of {pretrained_model_name_or_path} do not fit its config: {_shortened(sorted(wrong))}. "
+                f"Use weights and config of the same save. `ignore_mismatched_sizes=True` passes over a new task head."
+            )
+        return (model, info) if output_loading_info else model
+
+
+def _resize(block: nn.Module, spec: BlockSpec, config: Any, heads: int, neurons: int) -> None:
+    """Give one dense block its number of heads and neurons."""
+    hidden_size, attention = config.hidden_size, block.get_submodule(spec.attention)
+    if heads:
+        width = heads * config.head_dim
+        for path in (spec.query, spec.key, spec.value):
+            _replace(block, path, nn.Linear(hidden_size, width))
+        _replace(block, spec.attention_out, nn.Linear(width, hidden_size))
+        setattr(attention, spec.heads_field, heads)
+        if hasattr(attention, "all_head_size"):
+            attention.all_head_size = width
+    else:
+        _replace(block, spec.attention, _HEADLESS[type(attention)](config))
+        _replace(block, spec.attention_out, BiasOnly(hidden_size))
+    if neurons:
+        _replace(block, spec.neurons_in, nn.Linear(hidden_size, neurons))
+        _replace(block, spec.neurons_out, nn.Linear(neurons, hidden_size))
+    else:
+        _replace(block, spec.neurons_in, nn.Identity())
+        _replace(block, spec.neurons_out, BiasOnly(hidden_size))
+
+
+def _replace(block: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(block.get_submodule(parent), name, module)
+
+
+class BiasOnly(nn.Module):
+    """The output projection of a structure cut to nothing: its bias. A linear layer of width 0 breaks exporters."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.bias.expand(*hidden_states.shape[:-1], -1)
+
+
+class Headless(nn.Module):
+    """Attention without a head: a context of zeros. The subclasses are what `output_attentions` looks for."""
+
+    def __init__(self, config: Any) -> None:
+        nn.Module.__init__(self)  # the dense class would make its projections
+        self.config = config
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        batch, length = hidden_states.shape[:2]
+        eager = self.config._attn_implementation == "eager"  # the others return no weights
+        weights = hidden_states.new_zeros(batch, 0, length, length) if eager else None
+        return torch.zeros_like(hidden_states), weights
+
+
+class HeadlessBert(Headless, BertSelfAttention): ...
+
+
+class HeadlessRoberta(Headless, RobertaSelfAttention): ...
+
+
+class HeadlessXLMRoberta(Headless, XLMRobertaSelfAttention): ...
+
+
+class HeadlessElectra(Headless, ElectraSelfAttention): ...
+
+
+class HeadlessDistilBert(Headless, DistilBertSelfAttention):
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        context, weights = super().forward(hidden_states)
+        return self.out_lin(context), weights  # this family's attention holds its output projection itself
+
+
+_HEADLESS: dict[type, Any] = {cls.__bases__[1]: cls for cls in Headless.__subclasses__()}
+
+
+class OTOBertConfig(PrunedConfig, transformers.BertConfig):
+    model_type = "oto_bert"
+    head_dim: int | None = None
+
+
+class _PrunedBert(PrunedModel):
+    config_class = OTOBertConfig
+
+
+class OTOBertModel(_PrunedBert, transformers.BertModel): ...
+
+
+class OTOBertForPreTraining(_PrunedBert, transformers.BertForPreTraining): ...
+
+
+class OTOBertForMaskedLM(_PrunedBert, transformers.BertForMaskedLM): ...
+
+
+class OTOBertForNextSentencePrediction(_PrunedBert, transformers.BertForNextSentencePrediction): ...
+
+
+class OTOBertForSequenceClassification(_PrunedBert, transformers.BertForSequenceClassification): ...
+
+
+class OTOBertForMultipleChoice(_PrunedBert, transformers.BertForMultipleChoice): ...
+
+
+class OTOBertForTokenClassification(_PrunedBert, transformers.BertForTokenClassification): ...
+
+
+class OTOBertForQuestionAnswering(_PrunedBert, transformers.BertForQuestionAnswering): ...
+
+
+class OTORobertaConfig(PrunedConfig, transformers.RobertaConfig):
+    model_type = "oto_roberta"
+    head_dim: int | None = None
+
+
+class _PrunedRoberta(PrunedModel):
+    config_class = OTORobertaConfig
+
+
+class OTORobertaModel(_PrunedRoberta, transformers.RobertaModel): ...
+
+
+class OTORobertaForMaskedLM(_PrunedRoberta, transformers.RobertaForMaskedLM): ...
+
+
+class OTORobertaForSequenceClassification(_PrunedRoberta, transformers.RobertaForSequenceClassification): ...
+
+
+class OTORobertaForMultipleChoice(_PrunedRoberta, transformers.RobertaForMultipleChoice): ...
+
+
+class OTORobertaForTokenClassification(_PrunedRoberta, transformers.RobertaForTokenClassification): ...
+
+
+class OTORobertaForQuestionAnswering(_PrunedRoberta, transformers.RobertaForQuestionAnswering): ...
+
+
+class OTOXLMRobertaConfig(PrunedConfig, transformers.XLMRobertaConfig):
+    model_type = "oto_xlm_roberta"
+    head_dim: int | None = None
+
+
+class _PrunedXLMRoberta(PrunedModel):
+    config_class = OTOXLMRobertaConfig
+
+
+class OTOXLMRobertaModel(_PrunedXLMRoberta, transformers.XLMRobertaModel): ...
+
+
+class OTOXLMRobertaForMaskedLM(_PrunedXLMRoberta, transformers.XLMRobertaForMaskedLM): ...
+
+
+class OTOXLMRobertaForSequenceClassification(_PrunedXLMRoberta, transformers.XLMRobertaForSequenceClassification): ...
+
+
+class OTOXLMRobertaForMultipleChoice(_PrunedXLMRoberta, transformers.XLMRobertaForMultipleChoice): ...
+
+
+class OTOXLMRobertaForTokenClassification(_PrunedXLMRoberta, transformers.XLMRobertaForTokenClassification): ...
+
+
+class OTOXLMRobertaForQuestionAnswering(_PrunedXLMRoberta, transformers.XLMRobertaForQuestionAnswering): ...
+
+
+class OTOElectraConfig(PrunedConfig, transformers.ElectraConfig):
+    model_type = "oto_electra"
+    head_dim: int | None = None
+
+
+class _PrunedElectra(PrunedModel):
+    config_class = OTOElectraConfig
+
+
+class OTOElectraModel(_PrunedElectra, transformers.ElectraModel): ...
+
+
+class OTOElectraForPreTraining(_PrunedElectra, transformers.ElectraForPreTraining): ...
+
+
+class OTOElectraForMaskedLM(_PrunedElectra, transformers.ElectraForMaskedLM): ...
+
+
+class OTOElectraForSequenceClassification(_PrunedElectra, transformers.ElectraForSequenceClassification): ...
+
+
+class OTOElectraForMultipleChoice(_PrunedElectra, transformers.ElectraForMultipleChoice): ...
+
+
+class OTOElectraForTokenClassification(_PrunedElectra, transformers.ElectraForTokenClassification): ...
+
+
+class OTOElectraForQuestionAnswering(_PrunedElectra, transformers.ElectraForQuestionAnswering): ...
+
+
+class OTODistilBertConfig(PrunedConfig, transformers.DistilBertConfig):
+    model_type = "oto_distilbert"
+    head_dim: int | None = None
+
+
+class _PrunedDistilBert(PrunedModel):
+    config_class = OTODistilBertConfig
+
+
+class OTODistilBertModel(_PrunedDistilBert, transformers.DistilBertModel): ...
+
+
+class OTODistilBertForMaskedLM(_PrunedDistilBert, transformers.DistilBertForMaskedLM): ...
+
+
+class OTODistilBertForSequenceClassification(_PrunedDistilBert, transformers.DistilBertForSequenceClassification): ...
+
+
+class OTODistilBertForMultipleChoice(_PrunedDistilBert, transformers.DistilBertForMultipleChoice): ...
+
+
+class OTODistilBertForTokenClassification(_PrunedDistilBert, transformers.DistilBertForTokenClassification): ...
+
+
+class OTODistilBertForQuestionAnswering(_PrunedDistilBert, transformers.DistilBertForQuestionAnswering): ...
+
+
+CONFIGS = (OTOBertConfig, OTORobertaConfig, OTOXLMRobertaConfig, OTOElectraConfig, OTODistilBertConfig)
+
+# Which class of a family an Auto class gives: the first of these endings that the family has.
+_AUTO_CLASSES: dict[type, tuple[str, ...]] = {
+    transformers.AutoModel: ("Model",),
+    transformers.AutoModelForTextEncoding: ("Model",),
+    transformers.AutoModelForPreTraining: ("ForPreTraining", "ForMaskedLM"),
+    transformers.AutoModelForMaskedLM: ("ForMaskedLM",),
+    transformers.AutoModelForNextSentencePrediction: ("ForNextSentencePrediction",),
+    transformers.AutoModelForSequenceClassification: ("ForSequenceClassification",),
+    transformers.AutoModelForMultipleChoice: ("ForMultipleChoice",),
+    transformers.AutoModelForTokenClassification: ("ForTokenClassification",),
+    transformers.AutoModelForQuestionAnswering: ("ForQuestionAnswering",),
+}
+
+
+def pruned_heads(config_class: type) -> list[tuple[Any, type[PreTrainedModel]]]:
+    """Every Auto class that has a model for a pruned config, with that model's class."""
+    family = config_class.__name__.removesuffix("Config")
+    named = globals()
+    found = {
+        auto: [f"{family}{end}" for end in ends if f"{family}{end}" in named] for auto, ends in _AUTO_CLASSES.items()
+    }
+    return [(auto, named[names[0]]) for auto, names in found.items() if names]
+
+
+for _config_class in CONFIGS:
+    _config_class.register_for_auto_class()  # saving a config, alone or with its model, copies this file
+    # A copy that came with a checkpoint serves that checkpoint only: registered, it would serve any other as well.
+    if not __name__.startswith("transformers_modules."):
+        transformers.AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
+        for _auto_class, _model_class in pruned_heads(_config_class):
+            _auto_class.register(_config_class, _model_class, exist_ok=True)
