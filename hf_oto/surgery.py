@@ -1,0 +1,213 @@
+"""Cut zero groups out of a model, and check the cut model against the one it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .architectures import BLOCK_SPECS, dense_model_type
+from .groups import Partition, partition, zero_groups
+from .modeling import CONFIGS, pruned_heads
+
+
+def compress(
+    model: PreTrainedModel, *, example_inputs: Mapping[str, Any] | None = None, atol: float = 1e-5
+) -> PreTrainedModel:
+    """
+    Cut the exactly-zero attention heads and FFN neurons out of a model.
+
+    Args:
+        model ([`PreTrainedModel`]):
+            A dense or pruned model of a supported family, with any task head, not wrapped. It is left as it is. Where
+            nothing is zero, the result has the same blocks and is of the pruned class all the same.
+        example_inputs (`Mapping[str, Any]`, *optional*):
+            Arguments of `forward` on which both models are compared. By default a small random batch with padding.
+        atol (`float`, *optional*, defaults to 1e-5):
+            How far an output may be off, as a share of that output's largest magnitude. Models in half precision are
+            compared in float32: what they compute is the same function of the same weights.
+
+    Returns:
+        [`PreTrainedModel`]: A new model of the pruned class for the same task, with the same dtype, device and mode.
+
+    Raises:
+        `ValueError`: The model is not supported, or the cut model does not compute what the model computes.
+    """
+    groups = partition(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if any(parameter.is_meta for parameter in parameters.values()):
+        raise ValueError("`model` must hold its weights, got parameters on the meta device. Load them first.")
+    kept = [~zero_groups(array, parameters) for array in groups.arrays]
+    heads, neurons = ([int(keep.sum()) for keep in kept[offset::2]] for offset in (0, 1))
+    cut = _empty_model(model, pruned_config(model.config, heads, neurons))
+    _fill(cut, parameters, dict(model.named_buffers(remove_duplicate=False)), _indices(groups, kept))
+    cut.train(model.training)
+    _compare(model, cut, _example(model) if example_inputs is None else example_inputs, atol)
+    return cut
+
+
+def pruned_config(config: PreTrainedConfig, heads: Sequence[int], neurons: Sequence[int]) -> PreTrainedConfig:
+    """
+    The config of a model pruned to these counts.
+
+    Args:
+        config ([`PreTrainedConfig`]): The config of the dense model, or of one that is pruned already.
+        heads, neurons (`Sequence[int]`): What each block keeps.
+
+    Returns:
+        [`PreTrainedConfig`]: A config of the family's pruned class. All else in it (labels, problem type, dtype,
+        attention implementation, ...) is as in `config`.
+
+    Raises:
+        `ValueError`: The family is not supported, or a count is not possible.
+    """
+    family = dense_model_type(config.model_type)
+    classes = {dense_model_type(cls.model_type): cls for cls in CONFIGS}
+    if family not in classes:
+        raise ValueError(f"`config` is of type {config.model_type!r}. Supported families: {', '.join(classes)}.")
+    if len(heads) != len(neurons):
+        raise ValueError(f"`heads` and `neurons` must have one count per block, got {len(heads)} and {len(neurons)}.")
+    spec = BLOCK_SPECS[family]
+    settings = config.to_dict()
+    for name in ("model_type", "architectures", "auto_map"):  # those of the old class
+        settings.pop(name, None)
+    settings["head_dim"] = config.hidden_size // settings[spec.heads_field]
+    settings["per_layer_config"] = {
+        layer: {spec.heads_field: count, spec.width_field: width}
+        for layer, (count, width) in enumerate(zip(heads, neurons, strict=True))
+    }
+    return classes[family](**settings, attn_implementation=config._attn_implementation)
+
+
+def _empty_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """A pruned model with the task of `model`, on the meta device: no memory, no random numbers."""
+    classes = {cls.__name__: cls for _, cls in pruned_heads(type(config))}
+    name = type(model).__name__
+    cls = classes.get(name) or classes.get(f"OTO{name}")
+    if cls is None:
+        raise ValueError(
+            f"`model` is a {name}, which is no class of Transformers' own with a pruned counterpart. Those of its "
+            f"family are {', '.join(name.removeprefix('OTO') for name in classes)}."
+        )
+    # A base model that is a part of another model may have no pooler.
+    options = {"add_pooling_layer": False} if getattr(model, "pooler", model) is None else {}
+    with torch.device("meta"):
+        return cls(config, **options)
+
+
+def _indices(groups: Partition, kept: Sequence[Tensor]) -> dict[str, tuple[int, Tensor]]:
+    """What stays of every parameter that the groups own a part of: name -> (dim, indices)."""
+    found: dict[str, tuple[int, Tensor]] = {}
+    for array, keep in zip(groups.arrays, kept, strict=True):
+        entries = keep.repeat_interleave(array.width).nonzero().flatten()
+        for name, dim in array.members:
+            found[name] = dim, entries
+    return found
+
+
+def _fill(
+    cut: PreTrainedModel,
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    indices: Mapping[str, tuple[int, Tensor]],
+) -> None:
+    """Put copies of a model's tensors, without what is cut, into the place of the cut model's empty ones."""
+    shapes = {name: parameter.shape for name, parameter in cut.named_parameters(remove_duplicate=False)}
+    emptied = {name for name, (_, kept) in indices.items() if not len(kept)}
+    lost = sorted(set(parameters) - set(shapes) - emptied)
+    if lost or not set(shapes) <= set(parameters):
+        raise ValueError(
+            f"`model` is not built as its class is: {type(cut).__name__} has no place for {lost} and needs "
+            f"{sorted(set(shapes) - set(parameters))}. Remove what was added to it."
+        )
+    copies: dict[Tensor, nn.Parameter] = {}  # what is tied stays tied
+    for name, shape in shapes.items():
+        source = parameters[name]
+        if source not in copies:
+            if name in indices:
+                dim, kept = indices[name]
+                tensor = source.detach().index_select(dim, kept.to(source.device))
+            else:
+                tensor = source.detach().clone(memory_format=torch.contiguous_format)
+            copies[source] = nn.Parameter(tensor, requires_grad=source.requires_grad)
+        if copies[source].shape != shape:
+            found = f"{tuple(copies[source].shape)} instead of {tuple(shape)}"
+            raise ValueError(f"`model` has {name!r} of another shape than its config says: {found} after the cut.")
+        _set(cut, name, copies[source])
+    for name, _ in list(cut.named_buffers(remove_duplicate=False)):
+        _set(cut, name, buffers[name].clone())
+
+
+def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, tensor)
+
+
+def _example(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A random batch that every head of the supported families takes; the second half of it is padded."""
+    config: Any = model.config
+    padding = config.pad_token_id or 0
+    # RoBERTa counts positions from the padding id on.
+    length = max(1, min(32, config.max_position_embeddings - padding - 1))
+    shape = (2, 2, length) if type(model).__name__.endswith("ForMultipleChoice") else (4, length)
+    generator = torch.Generator().manual_seed(0)  # of its own: the caller's random numbers are not used up
+    input_ids = torch.randint(config.vocab_size, shape, generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[shape[0] // 2 :, ..., (length + 1) // 2 :] = 0
+    return {"input_ids": input_ids.masked_fill(attention_mask == 0, padding), "attention_mask": attention_mask}
+
+
+def _compare(model: PreTrainedModel, cut: PreTrainedModel, inputs: Mapping[str, Any], atol: float) -> None:
+    """Raise `ValueError` unless both models give the same floating-point outputs."""
+    inputs = {**inputs, "return_dict": True}
+    # The user may have allowed TF32 or less for products in float32. float64 has no such mode and gives the verdict.
+    precisions = (torch.float32,) if model.device.type == "mps" else (torch.float32, torch.float64)
+    for precision in precisions:
+        expected, actual = _outputs(model, inputs, precision), _outputs(cut, inputs, precision)
+        if not expected or set(expected) != set(actual):
+            raise ValueError(f"The model has the outputs {sorted(expected)}, the cut model {sorted(actual)}.")
+        scales = {name: float(output.abs().max()) for name, output in expected.items()}
+        errors = {name: float((actual[name] - output).abs().max()) for name, output in expected.items()}
+        wrong = [name for name, error in errors.items() if not error <= atol * scales[name]]  # NaN is wrong too
+        if not wrong:
+            return
+    listed = ", ".join(f"`{name}` by {errors[name]:.3g} of {scales[name]:.3g}" for name in wrong)
+    raise ValueError(
+        f"The cut model does not compute what `model` computes: it is off in {listed}, and `atol` allows {atol:g} of "
+        f"the largest magnitude. No model is returned, `model` is as it was."
+    )
+
+
+@torch.no_grad()
+def _outputs(model: PreTrainedModel, inputs: Mapping[str, Any], precision: torch.dtype) -> dict[str, Tensor]:
+    """
+    Floating-point outputs in evaluation mode, computed in `precision` even where the weights are not. Hidden states
+    and attention weights are tuples and left out: a cut model has fewer attention weights by design.
+    """
+
+    def raised(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        dtype = torch.promote_types(value.dtype, precision) if value.is_floating_point() else value.dtype
+        return value.to(model.device, dtype)
+
+    tensors = {name: raised(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    with _evaluating(model), torch.autocast(model.device.type, enabled=False):
+        outputs = functional_call(model, tensors, (), {name: raised(value) for name, value in inputs.items()})
+    return {name: value for name, value in outputs.items() if isinstance(value, Tensor) and value.is_floating_point()}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

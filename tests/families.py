@@ -1,0 +1,121 @@
+"""Tiny random models of every family with every task head: what the contract tests run over.
+
+A new family is a line in `CONFIGS` and one in `MODELS`.
+"""
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_oto.groups import GroupArray, partition
+
+_COMMON = {
+    "vocab_size": 61,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 40,
+}
+_SIZES = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 24}
+
+CONFIGS = {
+    "bert": _COMMON | _SIZES,
+    "roberta": _COMMON | _SIZES | {"pad_token_id": 1},
+    "xlm-roberta": _COMMON | _SIZES | {"pad_token_id": 1},
+    "electra": _COMMON | _SIZES | {"embedding_size": 16},
+    "distilbert": _COMMON | {"dim": 32, "n_heads": 4, "hidden_dim": 24},
+}
+
+_HEADS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForMultipleChoice", "ForTokenClassification")
+_HEADS += ("ForQuestionAnswering",)
+
+MODELS: dict[str, tuple[str, ...]] = {
+    "bert": tuple(f"Bert{head}" for head in (*_HEADS, "ForPreTraining", "ForNextSentencePrediction")),
+    "roberta": tuple(f"Roberta{head}" for head in _HEADS),
+    "xlm-roberta": tuple(f"XLMRoberta{head}" for head in _HEADS),
+    "electra": tuple(f"Electra{head}" for head in (*_HEADS, "ForPreTraining")),
+    "distilbert": tuple(f"DistilBert{head}" for head in _HEADS),
+}
+
+# Every family with every head, and every family with one.
+ALL = [name for names in MODELS.values() for name in names]
+ONE_EACH = [next(name for name in names if name.endswith("ForQuestionAnswering")) for names in MODELS.values()]
+
+
+def family_of(name: str) -> str:
+    """The `model_type` of a dense class of [`MODELS`]."""
+    return next(family for family, names in MODELS.items() if name in names)
+
+
+def tiny_config(family: str, **overrides) -> PreTrainedConfig:
+    return transformers.AutoConfig.for_model(family, **CONFIGS[family] | overrides)
+
+
+def tiny_model(name: str, attention: str = "sdpa", seed: int = 0, **overrides) -> PreTrainedModel:
+    """A dense model in evaluation mode. Biases and LayerNorms are random as well, so that none may be forgotten."""
+    torch.manual_seed(seed)
+    config = tiny_config(family_of(name), attn_implementation=attention, **overrides)
+    model = getattr(transformers, name)(config).eval()
+    randomize(model)
+    return model
+
+
+@torch.no_grad()
+def randomize(model: PreTrainedModel) -> None:
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.2)
+
+
+def batch(model: PreTrainedModel, seed: int = 1, length: int = 13) -> dict[str, Tensor]:
+    """Inputs that every head takes, with padding at the end of the first sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    choices = type(model).__name__.endswith("ForMultipleChoice")
+    input_ids = torch.randint(2, 61, (3, 2, length) if choices else (3, length), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[0, ..., length // 2 :] = 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+@torch.no_grad()
+def outputs(model: PreTrainedModel, seed: int = 1, **inputs) -> dict[str, Tensor]:
+    """The floating-point outputs of a model on [`batch`]."""
+    found = model(**batch(model, seed), **inputs)
+    return {key: value for key, value in found.items() if isinstance(value, Tensor) and value.is_floating_point()}
+
+
+def largest_difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest difference of any output, as a share of that output's largest magnitude."""
+    assert actual.keys() == expected.keys() and expected
+    return max(
+        float((actual[key].float() - value.float()).abs().max() / value.float().abs().max())
+        for key, value in expected.items()
+    )
+
+
+@torch.no_grad()
+def zero(model: PreTrainedModel, array: GroupArray, groups, members: tuple[tuple[str, int], ...] = ()) -> None:
+    """Set groups of an array to zero: all that they own, or their part of the given (name, dim)."""
+    parameters = dict(model.named_parameters())
+    for name, dim in members or array.members:
+        parts = parameters[name].unflatten(dim, (array.count, array.width))
+        parts.index_fill_(dim, torch.as_tensor(groups), 0)
+
+
+def zero_uneven(model: PreTrainedModel, seed: int = 0) -> list[tuple[int, int]]:
+    """Zero groups in every block, all heads of the second and all neurons of the last. Gives (heads, neurons) kept."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = partition(model)
+    kept = []
+    for array in groups.arrays:
+        gone = max(1, array.count * (2 + array.layer) // 6)
+        if (array.layer, array.kind) in ((1, "heads"), (groups.num_layers - 1, "neurons")):
+            gone = array.count
+        if gone:
+            zero(model, array, torch.randperm(array.count, generator=generator)[:gone])
+        kept.append(array.count - gone)
+    return list(zip(kept[::2], kept[1::2], strict=True))
+
+
+def counts(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """(heads, neurons) of every block."""
+    found = partition(model)
+    return list(zip(found.counts("heads"), found.counts("neurons"), strict=True))
