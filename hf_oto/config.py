@@ -42,8 +42,8 @@ class OTOConfig:
         pruning_periods (`int`, *optional*, defaults to 10):
             Number of selections, P, over which the removed share ramps up.
         saliency (`str`, *optional*, defaults to `"fisher"`):
-            Score of a group: `"fisher"`, the running mean of the squared derivative by the group's mask; `"taylor"`,
-            that of its absolute value; `"magnitude"`, the mean square of the group's weights.
+            Score of a group, to be divided by its cost: `"fisher"`, the running mean of the squared derivative by the
+            group's mask; `"taylor"`, that of its absolute value; `"magnitude"`, the group's squared norm.
         saliency_decay (`float`, *optional*, defaults to 0.98):
             Decay per optimizer step of the running mean, in [0, 1).
         epsilon (`float`, *optional*, defaults to 0.0):

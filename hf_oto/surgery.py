@@ -51,6 +51,19 @@ def compress(
     return cut
 
 
+def check_compressible(model: PreTrainedModel) -> None:
+    """
+    Refuse, before any training, a model that [`compress`] would refuse after it.
+
+    Raises:
+        `ValueError`: The family or the class is not supported, or the model has other parameters than its class.
+    """
+    groups = partition(model)
+    kept = [torch.ones(array.count, dtype=torch.bool) for array in groups.arrays]
+    cut = _empty_model(model, pruned_config(model.config, groups.counts("heads"), groups.counts("neurons")))
+    _check_parameters(cut, dict(model.named_parameters(remove_duplicate=False)), _indices(groups, kept))
+
+
 def pruned_config(config: PreTrainedConfig, heads: Sequence[int], neurons: Sequence[int]) -> PreTrainedConfig:
     """
     The config of a model pruned to these counts.
@@ -81,7 +94,8 @@ def pruned_config(config: PreTrainedConfig, heads: Sequence[int], neurons: Seque
         layer: {spec.heads_field: count, spec.width_field: width}
         for layer, (count, width) in enumerate(zip(heads, neurons, strict=True))
     }
-    return classes[family](**settings, attn_implementation=config._attn_implementation)
+    pruned_class: Any = classes[family]
+    return pruned_class(**settings, attn_implementation=config._attn_implementation)
 
 
 def _empty_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
@@ -117,16 +131,9 @@ def _fill(
     indices: Mapping[str, tuple[int, Tensor]],
 ) -> None:
     """Put copies of a model's tensors, without what is cut, into the place of the cut model's empty ones."""
-    shapes = {name: parameter.shape for name, parameter in cut.named_parameters(remove_duplicate=False)}
-    emptied = {name for name, (_, kept) in indices.items() if not len(kept)}
-    lost = sorted(set(parameters) - set(shapes) - emptied)
-    if lost or not set(shapes) <= set(parameters):
-        raise ValueError(
-            f"`model` is not built as its class is: {type(cut).__name__} has no place for {lost} and needs "
-            f"{sorted(set(shapes) - set(parameters))}. Remove what was added to it."
-        )
+    _check_parameters(cut, parameters, indices)
     copies: dict[Tensor, nn.Parameter] = {}  # what is tied stays tied
-    for name, shape in shapes.items():
+    for name, _ in list(cut.named_parameters(remove_duplicate=False)):
         source = parameters[name]
         if source not in copies:
             if name in indices:
@@ -135,12 +142,33 @@ def _fill(
             else:
                 tensor = source.detach().clone(memory_format=torch.contiguous_format)
             copies[source] = nn.Parameter(tensor, requires_grad=source.requires_grad)
-        if copies[source].shape != shape:
-            found = f"{tuple(copies[source].shape)} instead of {tuple(shape)}"
-            raise ValueError(f"`model` has {name!r} of another shape than its config says: {found} after the cut.")
         _set(cut, name, copies[source])
     for name, _ in list(cut.named_buffers(remove_duplicate=False)):
         _set(cut, name, buffers[name].clone())
+
+
+def _check_parameters(
+    cut: PreTrainedModel, parameters: Mapping[str, Tensor], indices: Mapping[str, tuple[int, Tensor]]
+) -> None:
+    """Raise `ValueError` unless a model's parameters, after the cut, are those of the cut model."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in cut.named_parameters(remove_duplicate=False)}
+    emptied = {name for name, (_, kept) in indices.items() if not len(kept)}
+    lost = sorted(set(parameters) - set(shapes) - emptied)
+    if lost or not set(shapes) <= set(parameters):
+        raise ValueError(
+            f"`model` is not built as its class is: {type(cut).__name__} has no place for {lost} and needs "
+            f"{sorted(set(shapes) - set(parameters))}. Remove what was added to it."
+        )
+    for name, shape in shapes.items():
+        found = list(parameters[name].shape)
+        if name in indices:
+            dim, kept = indices[name]
+            found[dim] = len(kept)
+        if tuple(found) != shape:
+            raise ValueError(
+                f"`model` has {name!r} of another shape than its config says: {tuple(found)} instead of {shape} after "
+                f"the cut."
+            )
 
 
 def _set(model: nn.Module, name: str, tensor: Tensor) -> None:

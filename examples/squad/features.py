@@ -1,0 +1,135 @@
+"""Questions -> the windows of tokens that the model reads.
+
+Shapes: `F` windows of a batch, `T` tokens of all its windows one after another.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+OUTSIDE = -1  # stands for the character offsets of a token that is not of the context
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` unless the tokenizer tells where in the text its tokens stand."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} gives no character offsets, without which a token cannot be turned back into "
+            "text. Use a fast tokenizer (one with a tokenizer.json)."
+        )
+
+
+def feature_maker(
+    tokenizer: PreTrainedTokenizerBase, *, max_seq_length: int, doc_stride: int, pad: bool, labels: bool
+) -> Callable[[dict[str, list[Any]], list[int]], dict[str, list[Any]]]:
+    """
+    Make the function for `datasets.map(..., batched=True, with_indices=True)`.
+
+    A context too long for one window is cut into several that share `doc_stride` tokens. The question comes first,
+    on whichever side the tokenizer pads.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): A fast one.
+        max_seq_length (`int`): Tokens of a window.
+        doc_stride (`int`): Tokens that two windows share.
+        pad (`bool`): Pad to `max_seq_length`.
+        labels (`bool`):
+            For training: add `start_positions` and `end_positions`, those of the null token where the window does not
+            hold the whole answer. Otherwise add what turns logits into text: `example`, the question's row;
+            `null_position`; `token_start` and `token_end`, characters of the context, -1 outside of it.
+    """
+    # Tokens padded on the left would be shifted against their offsets once a batch is padded to its longest window.
+    pad = pad or tokenizer.padding_side == "left"
+
+    def make(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        questions = [question.strip() for question in batch["question"]]
+        check_room(tokenizer, questions, max_seq_length, doc_stride)
+        encoded = tokenizer(
+            questions,
+            batch["context"],
+            truncation="only_second",
+            max_length=max_seq_length,
+            stride=doc_stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+            padding="max_length" if pad else False,
+        )
+        source_F = np.asarray(encoded.pop("overflow_to_sample_mapping"))
+        offsets = encoded.pop("offset_mapping")
+        lengths_F = np.array([len(window) for window in offsets])
+        null_F = np.array([null_position(tokenizer, ids) for ids in encoded["input_ids"]])
+        offsets_T = np.array([pair for window in offsets for pair in window], dtype=np.int64)
+        sequence_T = [sequence for i in range(len(offsets)) for sequence in encoded.sequence_ids(i)]
+        context_T = np.array([sequence == 1 for sequence in sequence_T])
+        starts_T = np.where(context_T, offsets_T[:, 0], OUTSIDE)
+        ends_T = np.where(context_T, offsets_T[:, 1], OUTSIDE)
+        columns = dict(encoded)
+        if labels:
+            spans = [
+                (answer["answer_start"][0], answer["answer_start"][0] + len(answer["text"][0]))
+                if answer["text"]
+                else (OUTSIDE, OUTSIDE)
+                for answer in batch["answers"]
+            ]
+            answers_F2 = np.array(spans)[source_F]
+            positions = label_positions(starts_T, ends_T, lengths_F, answers_F2, null_F)
+            columns["start_positions"], columns["end_positions"] = positions
+        else:
+            cuts = np.cumsum(lengths_F)[:-1]
+            columns["example"] = np.asarray(indices)[source_F]
+            columns["null_position"] = null_F
+            columns["token_start"], columns["token_end"] = np.split(starts_T, cuts), np.split(ends_T, cuts)
+        return columns
+
+    return make
+
+
+def label_positions(
+    starts_T: np.ndarray, ends_T: np.ndarray, lengths_F: np.ndarray, answers_F2: np.ndarray, null_F: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The tokens at which each window's answer starts and ends; the null token's if the answer is not wholly in it.
+
+    Args:
+        starts_T, ends_T (`np.ndarray`): Characters of the context at which a token starts and ends, -1 outside.
+        lengths_F (`np.ndarray`): Tokens of each window.
+        answers_F2 (`np.ndarray`): Characters of the answer, start and end; -1 for none. `[F, 2]`
+        null_F (`np.ndarray`): Position of each window's null token.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: Positions in the window, `[F]` each.
+    """
+    first_F = np.concatenate([[0], np.cumsum(lengths_F)[:-1]])
+    position_T = np.arange(len(starts_T)) - np.repeat(first_F, lengths_F)
+    answer_T2 = np.repeat(answers_F2, lengths_F, axis=0)
+    context_T = starts_T != OUTSIDE
+    beyond = lengths_F.max()
+    # The last token that starts no later than the answer, and the first that ends no earlier.
+    begun_T = np.where(context_T & (starts_T <= answer_T2[:, 0]), position_T, -1)
+    done_T = np.where(context_T & (ends_T >= answer_T2[:, 1]), position_T, beyond)
+    start_F = np.maximum.reduceat(begun_T, first_F)
+    end_F = np.minimum.reduceat(done_T, first_F)
+    inside_F = (answers_F2[:, 0] >= 0) & (start_F >= 0) & (end_F < beyond) & (start_F <= end_F)
+    return np.where(inside_F, start_F, null_F), np.where(inside_F, end_F, null_F)
+
+
+def null_position(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
+    """Where a window says "no answer": its class token, or its first token that is not padding if it has none."""
+    if tokenizer.cls_token_id in ids:
+        return ids.index(tokenizer.cls_token_id)
+    return next((i for i, token in enumerate(ids) if token != tokenizer.pad_token_id), 0)
+
+
+def check_room(tokenizer: PreTrainedTokenizerBase, questions: list[str], max_seq_length: int, doc_stride: int) -> None:
+    """Raise `ValueError` if a question leaves no room for new context beside the tokens that windows share."""
+    lengths = [len(ids) for ids in tokenizer(questions, add_special_tokens=False)["input_ids"]]
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    room = max_seq_length - tokenizer.num_special_tokens_to_add(pair=True) - lengths[longest]
+    if room <= doc_stride:
+        raise ValueError(
+            f"`max_seq_length` {max_seq_length} leaves {max(room, 0)} tokens of context beside a question of "
+            f"{lengths[longest]}, and `doc_stride` {doc_stride} must be below that. Raise the one or lower the other; "
+            f"the question: {questions[longest][:80]!r}"
+        )

@@ -1,0 +1,11 @@
+"""Train a Transformers model once and get a smaller, faster one out of it."""
+
+from .config import OTOConfig
+from .groups import partition
+from .hspg import HSPG
+from .report import summarize
+from .surgery import compress
+from .trainer import OTOTrainer
+
+__all__ = ["HSPG", "OTOConfig", "OTOTrainer", "compress", "partition", "summarize"]
+__version__ = "0.1.0"

@@ -1,0 +1,538 @@
+r"""HSPG, the half-space stochastic projected gradient method, around any `torch.optim.Optimizer`.
+
+Symbols of OTO (Chen et al., NeurIPS 2021, arXiv:2107.07467), section 3.2, and where they are here:
+
+| symbol | meaning | here |
+| --- | --- | --- |
+| x_k | weights before the step | `before` of a part |
+| x̂ | trial iterate: the base optimizer's step, less the penalty | `trial` |
+| α_k | step size | `lr` of the parameter group |
+| λ | weight of the penalty | `OTOConfig.lmbda`; with a target each group's own λ_g |
+| ε | half-space parameter | `OTOConfig.epsilon` |
+| N_p | first half-space step | `OTOConfig.warmup_ratio`, in steps |
+
+Shapes: `G` all groups of the chosen structures, `A` the groups acted on, `P` positions along a parameter's dim.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from . import budget
+from .config import OTOConfig
+from .groups import GroupArray, Partition
+from .saliency import mask_derivatives, saliency_of, update_saliency
+from .schedule import Schedule
+
+KEPT, REDUNDANT, ZERO = 0, 1, 2
+
+# What HSPG keeps in the first parameter group, from where `state_dict` and distributed checkpoints take it.
+_STEP, _SETTINGS, _SALIENCY, _STATUS = "hspg_step", "hspg_settings", "hspg_saliency", "hspg_status"
+
+
+def penalized(step: Tensor, before: Tensor, factor: Tensor | float) -> Tensor:
+    """The trial iterate x̂_g = x⁺_g − c_g·x_g, in place of x⁺, the base optimizer's step.
+
+    As published c_g = αλ/‖x_g‖ (OTO, arXiv:2107.07467, section 3.2). With a target λ_g = ‖x_g‖/(α·r), so c_g = 1/r:
+    with r steps left the penalty takes the r-th part of the group away, and all that is left at the last step.
+
+    Shapes: all alike, or a factor that broadcasts.
+    """
+    return step.sub_(before * factor) if isinstance(factor, Tensor) else step.sub_(before, alpha=factor)
+
+
+def outside_half_space(dot_A: Tensor, sq_norm_A: Tensor, epsilon: float) -> Tensor:
+    """Which groups' trial iterates left the half-space: ⟨x̂_g, x_g⟩ < ε‖x_g‖². A group that is zero has none: outside.
+
+    Shapes: [A], [A] -> bool [A]. OTO (arXiv:2107.07467), half-space step.
+    """
+    return (dot_A < epsilon * sq_norm_A) | (sq_norm_A == 0)
+
+
+@dataclass
+class _Part:
+    """What a set of groups owns of one parameter, on this rank.
+
+    Args:
+        parameter (`Tensor`): The parameter, whole or sharded.
+        group (`dict`): Its parameter group, for the step size.
+        dim (`int`): The dim along which the groups lie.
+        positions_P (`Tensor`): Where they lie on this rank, int64.
+        owners_P (`Tensor`): Whose each position is: index into the set of groups, int64.
+    """
+
+    parameter: Tensor
+    group: dict[str, Any]
+    dim: int
+    positions_P: Tensor
+    owners_P: Tensor
+
+    def read(self) -> Tensor:
+        return _local(self.parameter).index_select(self.dim, self.positions_P)
+
+    def write(self, values: Tensor) -> None:
+        _local(self.parameter).index_copy_(self.dim, self.positions_P, values)
+
+    def clear(self, state: dict[Any, dict[str, Any]] | None = None) -> None:
+        """Set the weights to zero, or what the optimizer keeps for each of them."""
+        kept = [self.parameter] if state is None else state.get(self.parameter, {}).values()
+        for tensor in kept:
+            if isinstance(tensor, Tensor) and tensor.shape == self.parameter.shape:
+                _local(tensor).index_fill_(self.dim, self.positions_P, 0)
+
+    def along(self, values_A: Tensor) -> Tensor:
+        """One value per group, shaped to broadcast over the part."""
+        values_P = values_A[self.owners_P]
+        return values_P if self.parameter.dim() == 1 else values_P.unsqueeze(1 - self.dim)
+
+    def add_sums(self, sums_A: Tensor, values: Tensor) -> None:
+        """Add each group's sum of entries. The sum down to one vector comes first: sharded rows are uneven."""
+        sums_P = values.float() if values.dim() == 1 else values.sum(dim=1 - self.dim, dtype=torch.float32)
+        sums_A.index_add_(0, self.owners_P, sums_P)
+
+
+class HSPG(Optimizer):
+    r"""
+    Drives whole zero-invariant groups to zero while a base optimizer trains the model.
+
+    The base optimizer takes its step as always, with its own betas, schedule and weight decay; HSPG then acts on the
+    redundant groups only. It shares `param_groups` and `state` with the base optimizer, and what it keeps itself
+    travels in the first parameter group, so that a `state_dict` resumes exactly.
+
+    With `config.target_sparsity`, groups of the lowest saliency per cost become redundant at the start of every
+    pruning period and are exactly zero, with their optimizer state, at its end. With `None` it is HSPG as published.
+
+    Args:
+        base_optimizer (`torch.optim.Optimizer`):
+            Built from named parameters, so that its parameter groups carry `param_names`. All that the groups own must
+            be in it.
+        partition ([`~hf_oto.groups.Partition`]):
+            The groups, from [`partition`].
+        config ([`OTOConfig`]):
+            The settings.
+        total_steps (`int`):
+            Optimizer steps of the run, N.
+
+    Raises:
+        `ValueError`: Parameters without names, groups whose weights are not in the optimizer, a target that cannot be
+            reached, or a schedule that does not fit in the run.
+
+    Example:
+
+    ```python
+    optimizer = HSPG(torch.optim.AdamW(model.named_parameters(), lr=3e-5), partition(model), OTOConfig(), 1000)
+    ```
+    """
+
+    def __init__(self, base_optimizer: Optimizer, partition: Partition, config: OTOConfig, total_steps: int) -> None:
+        self.base_optimizer = base_optimizer
+        self.partition = partition
+        self.config = config
+        self.schedule = Schedule.from_config(config, total_steps)
+        budget.check_target(partition, config)
+        self._arrays = [array for array in partition.arrays if array.kind in config.structures and array.count]
+        self._check_names()
+        super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
+        self._share()
+        self._first_group.setdefault(_STEP, 0)
+        self._first_group.setdefault(_SETTINGS, json.dumps(self._settings(), sort_keys=True))
+
+    # What is shared, and what is kept.
+
+    def _share(self) -> None:
+        """Use the base optimizer's own lists, and forget what was made from the old ones."""
+        self.param_groups = self.base_optimizer.param_groups
+        self.state = self.base_optimizer.state
+        self._observed: Tensor | None = None  # sum over this step's micro-steps
+        self._micro_steps = 0
+        self._gathered: Tensor | None = None  # derivatives of the gradients gathered so far in this step
+        self._acting: list[_Part] | None = None  # parts of the groups that the penalty acts on
+        self._frozen: list[_Part] | None = None  # parts of the groups that are zero
+
+    @property
+    def _first_group(self) -> dict[str, Any]:
+        return self.param_groups[0]
+
+    def _settings(self) -> dict[str, Any]:
+        counts = [array.count for array in self.partition.arrays]
+        return {**self.config.to_dict(), "total_steps": self.schedule.total_steps, "groups": counts}
+
+    def _check_names(self) -> None:
+        if not self._arrays:
+            raise ValueError(f"`partition` has no groups of the kinds in `structures`={self.config.structures} left.")
+        groups = self.base_optimizer.param_groups
+        if any("param_names" not in group for group in groups):
+            raise ValueError(
+                "`base_optimizer` must be built from named parameters, such as AdamW(model.named_parameters()): HSPG "
+                "finds the groups' weights by name."
+            )
+        trained = {
+            name
+            for group in groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+            if parameter.requires_grad
+        }
+        if missing := [name for array in self._arrays for name, _ in array.members if name not in trained]:
+            raise ValueError(
+                f"`base_optimizer` lacks {len(missing)} parameters of zero-invariant groups ({missing[0]!r}, …): they "
+                f"are frozen or left out. Train them, or leave their kind out of `structures`."
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add to the base optimizer, whose parameter groups these are."""
+        if hasattr(self, "_observed"):
+            self.base_optimizer.add_param_group(param_group)
+        else:  # torch's own constructor hands over the groups that are there
+            super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        Go on where the saved run was.
+
+        Raises:
+            `ValueError`: The state is not of an HSPG run with the same settings, groups and number of steps.
+        """
+        saved = state_dict["param_groups"][0] if state_dict["param_groups"] else {}
+        if _SETTINGS not in saved:
+            raise ValueError(
+                "`state_dict` holds no HSPG state, so it is of a run without compression. Start a new run from its "
+                "weights instead of resuming it."
+            )
+        mine, others = json.loads(self._first_group[_SETTINGS]), json.loads(saved[_SETTINGS])
+        if changed := sorted(name for name in mine.keys() | others.keys() if mine.get(name) != others.get(name)):
+            listed = ", ".join(f"{name}: {others.get(name)} saved, {mine.get(name)} now" for name in changed)
+            raise ValueError(
+                f"`state_dict` is of a run with other settings ({listed}). Resume with those it began with."
+            )
+        self.base_optimizer.load_state_dict(state_dict)
+        self._share()
+        device = _local(self._first_group["params"][0]).device
+        for name in (_SALIENCY, _STATUS):
+            if name in self._first_group:
+                self._first_group[name] = self._first_group[name].to(device)
+
+    # Where the run stands.
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps taken."""
+        return self._first_group[_STEP]
+
+    @property
+    def stage(self) -> str:
+        """Stage of the next step: `"warmup"`, `"pruning"`, `"recovery"`, or `"half-space"` without a target."""
+        return self.schedule.stage(self.steps_done)
+
+    @property
+    def target_reached(self) -> bool:
+        """Whether all that was to be removed is exactly zero. Never without a target."""
+        return self.config.target_sparsity is not None and (
+            self.steps_done >= self.schedule.boundaries[-1] or self.config.target_sparsity == 0
+        )
+
+    def zero_masks(self) -> dict[tuple[int, str], Tensor]:
+        """Which groups are zero for good: (layer, kind) -> bool `[G]`, on the CPU. Empty before the first step."""
+        if _STATUS not in self._first_group:
+            return {}
+        zero = (self._first_group[_STATUS] == ZERO).cpu().split([array.count for array in self._arrays])
+        return {(array.layer, array.kind): mask for array, mask in zip(self._arrays, zero, strict=True)}
+
+    def metrics(self) -> dict[str, float]:
+        """
+        Progress of the compression.
+
+        Returns:
+            `dict[str, float]`: `group_sparsity`, `removed_params` and `removed_macs` are shares in [0, 1] of the
+            chosen structures of the dense architecture; `heads` and `neurons` count what the whole model has left.
+        """
+        left = {kind: sum(self.partition.counts(kind)) for kind in ("heads", "neurons")}
+        for (_, kind), mask in self.zero_masks().items():
+            left[kind] -= int(mask.sum())
+        metrics: dict[str, float] = {}
+        for name, unit in (("group_sparsity", "groups"), ("removed_params", "params"), ("removed_macs", "macs")):
+            kept = sum(left[kind] * self._cost(kind, unit) for kind in self.config.structures)
+            metrics[name] = 1 - kept / budget.dense_cost(self.partition, self.config, unit)
+        return {**metrics, **left}
+
+    def _cost(self, kind: str, unit: str) -> int:
+        return budget.group_cost(self.partition, kind, unit, self.config.macs_sequence_length)
+
+    # Saliency.
+
+    @torch.no_grad()
+    def observe(self, *, loss_scale: float = 1.0, accumulated: bool = False) -> None:
+        """
+        Gather saliency from the gradients that `backward` just left, raw: before clipping.
+
+        Call it after every micro-step. Without a call, [`~HSPG.step`] does it with the gradients that it finds. Only
+        warm-up and pruning with a target need it; elsewhere it does nothing.
+
+        Args:
+            loss_scale (`float`, *optional*, defaults to 1.0):
+                What the loss was multiplied by (`GradScaler.get_scale()`).
+            accumulated (`bool`, *optional*, defaults to `False`):
+                Whether the gradients were added to those of the last call. A derivative is linear in them, so the
+                micro-step's own is the difference.
+        """
+        if self.stage not in ("warmup", "pruning") or not self._gathers_gradients:
+            return
+        places = self._places()
+        scratch: dict[tuple[Any, ...], Tensor] = {}
+        derivatives = []
+        for array in self._arrays:
+            parameter, _ = places[array.columns]
+            columns = _local(parameter)
+            if parameter.grad is None:
+                derivatives.append(torch.zeros(array.count, device=columns.device))
+                continue
+            key = (columns.shape, columns.dtype, columns.device)
+            if key not in scratch:
+                scratch[key] = torch.empty_like(columns)
+            derivatives.append(mask_derivatives(columns, _local(parameter.grad), array.width, scratch[key]))
+        gathered_G = torch.cat(derivatives) / loss_scale
+        _sum_over_shards(gathered_G, [places[array.columns][0] for array in self._arrays])
+        if not accumulated:
+            self._observed, self._micro_steps, self._gathered = None, 0, None
+        own_G = gathered_G if self._gathered is None else gathered_G - self._gathered
+        observed_G = saliency_of(own_G, self.config.saliency)
+        self._observed = observed_G if self._observed is None else self._observed + observed_G
+        self._micro_steps += 1
+        self._gathered = gathered_G
+
+    @property
+    def _gathers_gradients(self) -> bool:
+        return bool(self.config.target_sparsity) and self.config.saliency != "magnitude"
+
+    def _remember(self) -> None:
+        """Move the running mean by what was observed since the last step."""
+        if self._observed is None:
+            self.observe()
+        if self._observed is not None:
+            update_saliency(
+                self._first_group[_SALIENCY], self._observed / self._micro_steps, self.config.saliency_decay
+            )
+        self._observed, self._micro_steps, self._gathered = None, 0, None
+
+    # The step.
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take the base optimizer's step, then HSPG's on the groups it acts on. Returns what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if _STATUS not in self._first_group:
+            self._begin()
+        self._remember()
+        step = self.steps_done
+        if self.config.target_sparsity and self.schedule.starts_period(step):
+            self._select(step)
+        acting = self._acting_parts()
+        before = [part.read() for part in acting]
+        self.base_optimizer.step()
+        if acting:
+            self._project(acting, before, step)
+        for part in self._frozen_parts():
+            part.clear()
+        self._first_group[_STEP] = step + 1
+        return loss
+
+    def _begin(self) -> None:
+        """Find the groups that are zero already. Now the weights are where they will be, on their rank and device."""
+        parts = self._parts(self._all_groups())
+        device = parts[0][1].positions_P.device
+        silencers = {name for array in self._arrays for name in array.silencers}
+        columns = {array.columns for array in self._arrays}
+        sums_2G = torch.zeros(2, self._num_groups, device=device)  # of |x|: the silencing rows, the columns
+        for name, part in parts:
+            if name in silencers or name in columns:
+                part.add_sums(sums_2G[int(name in columns)], part.read().abs())
+        _sum_over_shards(sums_2G, [part.parameter for _, part in parts])
+        self._first_group[_SALIENCY] = torch.zeros(self._num_groups, device=device)
+        self._first_group[_STATUS] = (sums_2G == 0).any(dim=0).to(torch.uint8) * ZERO
+
+    @property
+    def _num_groups(self) -> int:
+        return sum(array.count for array in self._arrays)
+
+    def _select(self, step: int) -> None:
+        """Make the groups of the lowest saliency per cost redundant, for what the period has to remove."""
+        status_G = self._first_group[_STATUS]
+        saliency_G = self._squared_norms() if self.config.saliency == "magnitude" else self._first_group[_SALIENCY]
+        if not bool(saliency_G.isfinite().all()):
+            raise FloatingPointError(
+                f"The saliency is not finite at step {step}: gradients or weights are NaN or infinite. Lower the "
+                f"learning rate and go on from the last checkpoint."
+            )
+        counts = torch.tensor([array.count for array in self._arrays])
+        costs = torch.tensor([self._cost(array.kind, self.config.target_unit) for array in self._arrays])
+        limits = torch.tensor([budget.floor_and_multiple(array.kind, self.config) for array in self._arrays])
+        cost_G, alive_G = costs.repeat_interleave(counts), status_G.cpu() == KEPT
+        total = budget.dense_cost(self.partition, self.config)
+        removed = total - int(cost_G[alive_G].sum())
+        chosen_G = budget.select_groups(
+            saliency_G.cpu(),
+            cost_G,
+            torch.arange(counts.numel()).repeat_interleave(counts),
+            alive_G,
+            budget.allowance(self.schedule.share(step, self.config.target_sparsity or 0.0), total) - removed,
+            limits[:, 0],
+            limits[:, 1],
+        )
+        status_G[chosen_G.to(status_G.device)] = REDUNDANT
+        self._acting = None
+
+    def _squared_norms(self) -> Tensor:
+        """‖x_g‖² of every group, float32 `[G]`."""
+        parts = [part for _, part in self._parts(self._all_groups())]
+        sums_G = torch.zeros(self._num_groups, device=parts[0].positions_P.device)
+        for part in parts:
+            part.add_sums(sums_G, part.read().float().square())
+        _sum_over_shards(sums_G, [part.parameter for part in parts])
+        return sums_G
+
+    def _acting_parts(self) -> list[_Part]:
+        """What this step's penalty and projection act on: redundant groups, or every group without a target."""
+        if self.config.target_sparsity is not None and self.stage != "pruning":
+            return []
+        if self._acting is None:
+            published = self.config.target_sparsity is None
+            groups = self._all_groups() if published else self._with_status(REDUNDANT)
+            self._acting = [part for _, part in self._parts(groups)]
+        return self._acting
+
+    def _frozen_parts(self) -> list[_Part]:
+        """What is zero and has to stay so. Without a target the projection itself keeps it."""
+        if self.config.target_sparsity is None:
+            return []
+        if self._frozen is None:
+            self._frozen = [part for _, part in self._parts(self._with_status(ZERO))]
+        return self._frozen
+
+    def _project(self, parts: list[_Part], before: list[Tensor], step: int) -> None:
+        """Penalty, half-space test and projection, after the base optimizer's step."""
+        count = self._num_groups if self.config.target_sparsity is None else self._count(REDUNDANT)
+        sums_2A = torch.zeros(2, count, device=parts[0].positions_P.device)  # ‖x_g‖², ⟨x̂_g, x_g⟩
+        sq_norm_A, dot_A = sums_2A
+        for part, x in zip(parts, before, strict=True):
+            part.add_sums(sq_norm_A, x.float().square())
+        published = self.config.target_sparsity is None
+        if published:  # the penalty itself needs the norms
+            _sum_over_shards(sq_norm_A, [part.parameter for part in parts])
+            inverse_norm_A = sq_norm_A.sqrt().reciprocal().nan_to_num(posinf=0.0)
+        trials = []
+        for part, x in zip(parts, before, strict=True):
+            factor: Tensor | float
+            if published:
+                factor = part.along(inverse_norm_A).to(x.dtype) * (part.group["lr"] * self.config.lmbda)
+            else:
+                factor = 1 / self.schedule.steps_left(step)
+            trial = penalized(part.read(), x, factor)
+            part.add_sums(dot_A, trial.float() * x.float())
+            trials.append(trial)
+        _sum_over_shards(dot_A if published else sums_2A, [part.parameter for part in parts])
+
+        zero_A = outside_half_space(dot_A, sq_norm_A, self.config.epsilon)
+        if published and self.stage == "warmup":
+            zero_A = sq_norm_A == 0
+        period_ends = not published and self.schedule.steps_left(step) == 1
+        if period_ends:
+            zero_A = torch.ones_like(zero_A)
+        for part, trial in zip(parts, trials, strict=True):
+            part.write(trial.masked_fill_(part.along(zero_A), 0))
+        if published:
+            self._first_group[_STATUS].masked_fill_(zero_A, ZERO)
+        elif period_ends:
+            for part in parts:
+                part.clear(self.state)
+            status_G = self._first_group[_STATUS]
+            status_G[status_G == REDUNDANT] = ZERO
+            self._acting = self._frozen = None
+
+    # Groups -> parts of the parameters as they are now.
+
+    def _places(self) -> dict[str, tuple[Tensor, dict[str, Any]]]:
+        """Parameter and parameter group by name, resolved now: accelerate swaps the parameters under FSDP2."""
+        return {
+            name: (parameter, group)
+            for group in self.param_groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        }
+
+    def _all_groups(self) -> list[Tensor]:
+        return [torch.arange(array.count) for array in self._arrays]
+
+    def _with_status(self, status: int) -> list[Tensor]:
+        """The groups of a status, array by array."""
+        found_G = (self._first_group[_STATUS] == status).cpu()
+        return [mask.nonzero().flatten() for mask in found_G.split([array.count for array in self._arrays])]
+
+    def _count(self, status: int) -> int:
+        return sum(part.numel() for part in self._with_status(status))
+
+    def _parts(self, groups: Sequence[Tensor]) -> list[tuple[str, _Part]]:
+        """Everything that groups, given array by array, own: the parameter's name and the part of it."""
+        places, parts, first = self._places(), [], 0
+        for array, groups_g in zip(self._arrays, groups, strict=True):
+            if not groups_g.numel():
+                continue
+            positions_P, owners_P = _positions(array, groups_g, first)
+            for name, dim in array.members:
+                parameter, group = places[name]
+                start, stop = _held(parameter, dim)
+                here = (positions_P >= start) & (positions_P < stop)
+                device = _local(parameter).device
+                part = _Part(parameter, group, dim, (positions_P[here] - start).to(device), owners_P[here].to(device))
+                parts.append((name, part))
+            first += groups_g.numel()
+        return parts
+
+
+def _positions(array: GroupArray, groups_g: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Rows (or columns) of some groups of an array, and whose each is, counting owners from `first`."""
+    offsets = torch.arange(array.width)
+    positions_P = (groups_g[:, None] * array.width + offsets).flatten()
+    return positions_P, torch.arange(first, first + groups_g.numel()).repeat_interleave(array.width)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _held(parameter: Tensor, dim: int) -> tuple[int, int]:
+    """Which indices along a dim this rank holds: all, or its shard in the layout of `torch.chunk`."""
+    size = parameter.shape[dim]
+    if isinstance(parameter, DTensor):
+        for axis, placement in enumerate(parameter.placements):
+            if placement.is_shard(dim):
+                length = -(-size // parameter.device_mesh.size(axis))
+                start = min(parameter.device_mesh.get_local_rank(axis) * length, size)
+                return start, min(start + length, size)
+    return 0, size
+
+
+def _shards(parameter: Tensor) -> tuple[tuple[Any, int], ...]:
+    """The mesh dimensions over which a parameter is cut into shards."""
+    if not isinstance(parameter, DTensor):
+        return ()
+    return tuple((parameter.device_mesh, axis) for axis, kind in enumerate(parameter.placements) if kind.is_shard())
+
+
+def _sum_over_shards(sums: Tensor, parameters: Iterable[Tensor]) -> None:
+    """Add what the other ranks' shards gave to sums over this rank's shards, in place."""
+    layouts = {_shards(parameter) for parameter in parameters}
+    if len(layouts) > 1:
+        raise ValueError("The weights of zero-invariant groups must be sharded alike: over the same mesh dimension.")
+    for mesh, axis in layouts.pop():
+        dist.all_reduce(sums, group=mesh.get_group(axis))

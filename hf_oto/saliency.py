@@ -1,0 +1,44 @@
+"""Scores of zero-invariant groups from gradients.
+
+Shapes: `H` hidden size, `G` groups, `D` columns that one group owns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def mask_derivatives(columns_HC: Tensor, gradient_HC: Tensor, width: int, scratch: Tensor | None = None) -> Tensor:
+    """
+    Derivative of the loss by a mask m_g = 1 on each group's output: ⟨W[:, g], ∂L/∂W[:, g]⟩.
+
+    Scaling the output of a structure is scaling the columns that read it, so the columns alone give it exactly.
+    Kwon et al. (NeurIPS 2022, arXiv:2204.09656) introduce the masks.
+
+    Shapes: [H, G·D], [H, G·D], D -> float32 [G]. `scratch`, `[H, G·D]`, is overwritten: with it nothing large is
+    allocated.
+    """
+    product_HC = torch.mul(columns_HC, gradient_HC, out=scratch)
+    return product_HC.sum(dim=0, dtype=torch.float32).unflatten(0, (-1, width)).sum(dim=1)
+
+
+def saliency_of(derivatives_G: Tensor, kind: str) -> Tensor:
+    """
+    What one micro-step says of the groups' saliency.
+
+    `"fisher"`: (∂L/∂m_g)², whose mean is the empirical Fisher information of the mask (Kwon et al., section 4.1);
+    `"taylor"`: |∂L/∂m_g|.
+
+    Shapes: [G] -> [G].
+    """
+    return derivatives_G.square() if kind == "fisher" else derivatives_G.abs()
+
+
+def update_saliency(saliency_G: Tensor, observed_G: Tensor, decay: float) -> None:
+    """
+    Move the running mean by one optimizer step's observation, in place: s ← decay·s + (1 − decay)·observed.
+
+    Shapes: [G], [G].
+    """
+    saliency_G.lerp_(observed_G, 1 - decay)

@@ -1,0 +1,269 @@
+"""A [`Trainer`] that makes the model small while it trains it."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_utils import SaveStrategy
+from transformers.utils import logging
+
+from . import budget
+from .config import OTOConfig
+from .groups import partition
+from .hspg import HSPG
+from .surgery import check_compressible, compress
+
+logger = logging.get_logger(__name__)
+
+# These step during backward, or train other weights than those they leave in the model.
+_REFUSED_OPTIMIZERS = ("lomo", "adalomo", "layerwise", "galore", "apollo", "schedule_free")
+
+
+class OTOTrainer(Trainer):
+    r"""
+    [`Trainer`], with one more argument: it drives attention heads and FFN neurons to zero while it trains, and saves a
+    model without them.
+
+    The optimizer of [`TrainingArguments`] keeps its meaning; [`HSPG`] wraps it. `checkpoint-N` folders hold the
+    full-size model and all that resuming needs. [`~OTOTrainer.save_model`], a push to the Hub and the end of training
+    write the small model, which `from_pretrained` loads. `load_best_model_at_end` considers only evaluations at the
+    target: before it, a model scores better because it is larger.
+
+    Args:
+        oto_config ([`OTOConfig`], *optional*):
+            The settings of the compression; all defaults if `None`. Everything else is as in [`Trainer`].
+
+    Raises:
+        `ValueError`: The model is not supported, the target cannot be reached from it, or another setting rules
+            compression out. A schedule that does not fit in the run raises when training starts, before its first
+            step.
+
+    Example:
+
+    ```python
+    trainer = OTOTrainer(model=model, args=args, oto_config=OTOConfig(target_sparsity=0.5), train_dataset=train)
+    trainer.train()
+    trainer.save_model("small")
+    ```
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *others: Any,
+        oto_config: OTOConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.oto_config = OTOConfig() if oto_config is None else oto_config
+        if not isinstance(self.oto_config, OTOConfig):
+            raise TypeError(f"`oto_config` must be an OTOConfig, got {type(oto_config).__name__}.")
+        if model is not None:  # before Trainer makes `output_dir`
+            _check_model(model, self.oto_config)
+        self._total_steps: int | None = None
+        self._saving_checkpoint = False
+        self._accumulating = False
+        super().__init__(model, args, *others, **kwargs)
+        self._check_supported()
+
+    # Before the first step.
+
+    def _check_supported(self) -> None:
+        """Refuse what would train something else than it says."""
+        if self.is_deepspeed_enabled:
+            raise ValueError("`deepspeed` is not supported by OTOTrainer: it keeps its own copies of the weights.")
+        if self.is_fsdp_enabled or self.is_fsdp_xla_enabled:
+            raise ValueError("`fsdp` is not supported by OTOTrainer. HSPG itself runs under `fully_shard`.")
+        if self.args.n_gpu > 1:
+            raise ValueError("DataParallel is not supported by OTOTrainer. Launch one process per GPU.")
+        if any(name in str(self.args.optim) for name in _REFUSED_OPTIMIZERS):
+            raise ValueError(
+                f"`optim`={str(self.args.optim)!r} is not supported by OTOTrainer: it steps during backward, or keeps "
+                f"other weights than the model's. Use another, such as 'adamw_torch'."
+            )
+
+    @property
+    def _output_dir(self) -> str:
+        return cast(str, self.args.output_dir)
+
+    def _plain_model(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> tuple[Any, ...]:
+        values = super().set_initial_training_values(args, dataloader)
+        self._total_steps = values[-1]
+        return values
+
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        self._total_steps = num_training_steps
+        super().create_optimizer_and_scheduler(num_training_steps)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        optimizer = super().create_optimizer(*([] if model is None else [model]))
+        if _hspg_in(optimizer) is not None:  # of an earlier call
+            return optimizer
+        if self._total_steps is None:
+            raise ValueError(
+                "OTOTrainer needs the number of training steps to make its optimizer: call `train`, or "
+                "`create_optimizer_and_scheduler(num_training_steps)`."
+            )
+        plain = self._plain_model()
+        _check_model(plain, self.oto_config)
+        names = {parameter: name for name, parameter in plain.named_parameters()}
+        for group in optimizer.param_groups:
+            group["param_names"] = [names[parameter] for parameter in group["params"]]
+        self.optimizer = HSPG(optimizer, partition(plain), self.oto_config, self._total_steps)
+        return self.optimizer
+
+    @property
+    def hspg(self) -> HSPG | None:
+        """The optimizer that prunes, without accelerate's wrapper. `None` before training."""
+        return _hspg_in(self.optimizer)
+
+    # Training.
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not math.isfinite(float(loss)):
+            raise FloatingPointError(
+                f"The loss is {float(loss)} at step {self.state.global_step}. Training stops before it spoils the "
+                f"weights; checkpoints in {self.args.output_dir!r} are as they were. Lower the learning rate, and go "
+                f"on from the last one."
+            )
+        synced = self.accelerator.sync_gradients
+        # Between processes only the last micro-step's gradients agree.
+        if self.hspg is not None and (synced or self.args.world_size == 1):
+            scaler = self.accelerator.scaler
+            self.hspg.observe(loss_scale=1.0 if scaler is None else scaler.get_scale(), accumulated=self._accumulating)
+        self._accumulating = not synced and self.args.world_size == 1
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.hspg is not None:
+            stage: Any = self.hspg.stage
+            logs = {**logs, **self.hspg.metrics(), "stage": stage}
+        super().log(logs, start_time)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        at_target = self.hspg is None or self.hspg.target_reached or self.oto_config.target_sparsity is None
+        return at_target and super()._determine_best_metric(metrics, trial)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As [`Trainer.train`]. Unless nothing is to be saved, the small model is in `output_dir` at the end."""
+        output = super().train(*args, **kwargs)
+        if self.args.save_strategy != SaveStrategy.NO and not self.state.is_hyper_param_search:
+            self.save_model(_internal_call=True)
+        return output
+
+    # Saving.
+
+    def compressed_model(self) -> PreTrainedModel:
+        """
+        The small model: a new one, cut out of the one in training and checked against it.
+
+        Raises:
+            `ValueError`: The cut model does not compute what the one in training computes.
+        """
+        if self.hspg is not None and self.oto_config.target_sparsity is not None and not self.hspg.target_reached:
+            logger.warning(
+                f"The target is not reached at step {self.hspg.steps_done} (stage {self.hspg.stage!r}): the model is "
+                f"larger than `target_sparsity`={self.oto_config.target_sparsity} asks for."
+            )
+        return compress(self._plain_model())
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._saving_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving_checkpoint = False
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Save the small model, so that `from_pretrained` loads it. A training checkpoint is saved full-size.
+
+        The folder gets all of its files or none. What else is in it stays.
+
+        Raises:
+            `ValueError`: The cut model does not compute what the one in training computes, or the folder holds a
+                checkpoint to resume from, whose weights would be lost.
+        """
+        if self._saving_checkpoint:
+            super().save_model(output_dir, _internal_call)
+            return
+        if self.args.should_save:
+            with _replacing(Path(output_dir or self._output_dir)) as folder:
+                full, self.model = self.model, self.compressed_model()
+                try:
+                    super().save_model(str(folder), _internal_call=True)
+                finally:
+                    self.model = full
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.oto_config.save_pretrained(output_dir or self._output_dir)
+
+
+def _check_model(model: nn.Module, config: OTOConfig) -> None:
+    """Refuse a model without groups or a pruned class, with frozen groups, or with the target behind it."""
+    groups = partition(model)
+    budget.check_target(groups, config)
+    check_compressible(cast(PreTrainedModel, model))
+    parameters = dict(model.named_parameters())
+    owned = [name for array in groups.arrays if array.kind in config.structures for name, _ in array.members]
+    if frozen := [name for name in owned if not parameters[name].requires_grad]:
+        raise ValueError(
+            f"`model` has {len(frozen)} frozen parameters in zero-invariant groups ({frozen[0]!r}, …). Train them, or "
+            f"leave their kind out of `structures`."
+        )
+
+
+def _hspg_in(optimizer: Any) -> HSPG | None:
+    while optimizer is not None and not isinstance(optimizer, HSPG):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """
+    A folder to write into, whose files move into `target` when all is written; on an error nothing changes.
+
+    Weights that `target` held before go, or shards of the old model would lie beside the new one's.
+    """
+    if found := [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if (target / name).is_file()]:
+        raise ValueError(
+            f"{target} holds a checkpoint to resume from ({', '.join(found)}), whose weights would be lost. Save the "
+            f"small model elsewhere."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.with_name(f".{target.name}.{os.getpid()}")
+    folder.mkdir()
+    try:
+        yield folder
+        if not target.exists():
+            folder.rename(target)
+            return
+        written = {path.name for path in folder.iterdir()}
+        for path in folder.iterdir():
+            path.replace(target / path.name)
+        for path in target.glob("*model*.safetensors*"):
+            if path.name not in written:
+                path.unlink()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
