@@ -199,7 +199,7 @@ def _check_activation(block: nn.Module, spec: BlockSpec) -> None:
     for name in spec.activation.split("."):  # a plain function is no submodule
         activation = getattr(activation, name)
     with torch.no_grad():
-        at_zero = float(activation(torch.zeros(1)))
+        at_zero = float(activation(torch.zeros(1, device="cpu")))
     if at_zero != 0:
         raise ValueError(
             f"`model` has the FFN activation {getattr(activation, '__name__', activation)}, act(0) = {at_zero:.3g}: "

@@ -119,3 +119,25 @@ def counts(model: PreTrainedModel) -> list[tuple[int, int]]:
     """(heads, neurons) of every block."""
     found = partition(model)
     return list(zip(found.counts("heads"), found.counts("neurons"), strict=True))
+
+
+def question_batch(model: PreTrainedModel, seed: int = 1, size: int = 3) -> dict[str, Tensor]:
+    """[`batch`] of another size, with the positions of answers: what a model for question answering trains on."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(2, 61, (size, 13), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[::3, 9:] = 0
+    positions = torch.randint(0, 9, (2, size), generator=generator)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "start_positions": positions[0],
+        "end_positions": positions[1],
+    }
+
+
+def owned(model: PreTrainedModel, array: GroupArray, group: int) -> list[Tensor]:
+    """Views of all that one group owns, parameter by parameter."""
+    parameters = dict(model.named_parameters())
+    places = slice(group * array.width, (group + 1) * array.width)
+    return [parameters[name].data[places if dim == 0 else (slice(None), places)] for name, dim in array.members]

@@ -1,0 +1,262 @@
+"""Budget: what a group costs, and that a target is met: never over, and under by less than what would still fit."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+import transformers
+from families import tiny_model, zero_uneven
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_oto.budget import (
+    allowance,
+    check_target,
+    dense_cost,
+    floor_and_multiple,
+    group_cost,
+    removable_groups,
+    select_groups,
+)
+from hf_oto.config import OTOConfig
+from hf_oto.groups import GroupArray, Partition, partition
+from hf_oto.schedule import Schedule
+from hf_oto.surgery import compress
+
+
+def made_up(layers=2, heads=4, head_size=8, neurons=24, left=None):
+    """A partition without a model; `left` gives (heads, neurons) block by block."""
+    left = left or [(heads, neurons)] * layers
+    arrays = [
+        GroupArray(layer, kind, count, head_size if kind == "heads" else 1, ("rows",), "columns", ("rows",))
+        for layer, counts in enumerate(left)
+        for kind, count in zip(("heads", "neurons"), counts, strict=True)
+    ]
+    return Partition("bert", heads * head_size, head_size, heads, neurons, tuple(arrays))
+
+
+def test_costs_of_bert_base():
+    with torch.device("meta"):
+        groups = partition(transformers.BertModel(transformers.BertConfig()))
+    assert group_cost(groups, "heads", "params", 384) == 196_800
+    assert group_cost(groups, "neurons", "params", 384) == 1_537
+    # MACs of a head: three projections and one back, L·64·768 each; scores and context, L·L·64 each.
+    assert group_cost(groups, "heads", "macs", 128) == 128 * (4 * 64 * 768) + 2 * 128 * 128 * 64
+    assert group_cost(groups, "neurons", "macs", 128) == 128 * 2 * 768
+    assert {group_cost(groups, kind, "groups", 1) for kind in ("heads", "neurons")} == {1}
+    assert dense_cost(groups, OTOConfig()) == 12 * (12 * 196_800 + 3072 * 1_537)
+    assert dense_cost(groups, OTOConfig(structures=("neurons",))) == 12 * 3072 * 1_537
+    assert dense_cost(groups, OTOConfig(), "groups") == 37008
+    # All weights of the blocks but LayerNorms and output biases: 4 · 768 each and 2 · 768.
+    blocks = sum(
+        parameter.numel()
+        for parameter in transformers.BertModel._from_config(
+            transformers.BertConfig(num_hidden_layers=1, vocab_size=1)
+        ).encoder.parameters()
+    )
+    assert dense_cost(groups, OTOConfig()) == 12 * (blocks - 6 * 768)
+
+
+def test_a_share_is_the_decimal_that_it_prints_as():
+    assert allowance(0.1, 10) == 1
+    assert allowance(0.7, 10) == 7  # 0.7 is below seven tenths in binary
+    assert allowance(0.3, 10) == 3
+    assert allowance(0.5, 7) == 3
+
+
+@pytest.mark.parametrize(
+    ("count", "floor", "multiple", "can_go"),
+    [(24, 8, 8, 16), (24, 0, 8, 24), (24, 9, 8, 8), (23, 8, 8, 15), (5, 8, 8, 0), (4, 1, 1, 3), (4, 0, 1, 4)],
+)
+def test_removable_groups(count, floor, multiple, can_go):
+    assert removable_groups(count, floor, multiple) == can_go
+
+
+def plain_selection(score, cost, array, alive, budget, floor, multiple):
+    """The rule as a plain loop: cut the item of the lowest score per cost that fits, until none fits."""
+    chosen = [False] * len(score)
+    while True:
+        items = []
+        for block in range(len(floor)):
+            left = sorted(
+                (group for group in range(len(score)) if array[group] == block and alive[group] and not chosen[group]),
+                key=lambda group: (score[group], group),
+            )
+            size = len(left) % multiple[block] or multiple[block]
+            keep = -(-floor[block] // multiple[block]) * multiple[block]
+            if left and len(left) - size >= keep:
+                item = left[:size]
+                price = sum(cost[group] for group in item)
+                items.append((sum(score[group] for group in item) / price, block, price, item))
+        fitting = [item for item in items if item[2] <= budget]
+        if not fitting:
+            return chosen, budget, [item[2] for item in items]
+        _, _, price, item = min(fitting, key=lambda item: item[:2])
+        budget -= price
+        for group in item:
+            chosen[group] = True
+
+
+@st.composite
+def problems(draw):
+    blocks = draw(st.integers(1, 5))
+    sizes = draw(st.lists(st.integers(0, 13), min_size=blocks, max_size=blocks))
+    costs = draw(st.lists(st.sampled_from([1, 3, 8, 50]), min_size=blocks, max_size=blocks))
+    floor = draw(st.lists(st.integers(0, 6), min_size=blocks, max_size=blocks))
+    multiple = draw(st.lists(st.sampled_from([1, 1, 2, 4]), min_size=blocks, max_size=blocks))
+    array = [block for block, size in enumerate(sizes) for _ in range(size)]
+    # Whole scores are added exactly, so both ways of adding give the same ranking.
+    score = draw(st.lists(st.integers(0, 50), min_size=len(array), max_size=len(array)))
+    alive = draw(st.lists(st.booleans(), min_size=len(array), max_size=len(array)))
+    budget = draw(st.integers(0, 300))
+    return score, [costs[block] for block in array], array, alive, budget, floor, multiple
+
+
+@given(problems())
+def test_selection_keeps_the_rules(problem):
+    score, cost, array, alive, budget, floor, multiple = problem
+    chosen = select_groups(
+        torch.tensor(score, dtype=torch.float32),
+        torch.tensor(cost, dtype=torch.int64),
+        torch.tensor(array, dtype=torch.int64),
+        torch.tensor(alive, dtype=torch.bool),
+        budget,
+        torch.tensor(floor),
+        torch.tensor(multiple),
+    ).tolist()
+    spent = sum(price for price, cut in zip(cost, chosen, strict=True) if cut)
+    assert spent <= budget
+    assert not any(cut and not there for cut, there in zip(chosen, alive, strict=True))
+    for block in range(len(floor)):
+        groups = [group for group in range(len(score)) if array[group] == block and alive[group]]
+        gone = [group for group in groups if chosen[group]]
+        left = [group for group in groups if not chosen[group]]
+        if gone:
+            assert len(left) % multiple[block] == 0 and len(left) >= floor[block]
+            assert not left or max(score[group] for group in gone) <= min(score[group] for group in left)
+        size = len(left) % multiple[block] or multiple[block]
+        keep = -(-floor[block] // multiple[block]) * multiple[block]
+        if len(left) >= size and len(left) - size >= keep and left:  # nothing that may still go would fit
+            assert sum(cost[group] for group in left[:1]) * size > budget - spent
+
+
+@given(problems())
+def test_a_selection_without_ties_is_that_of_the_plain_loop(problem):
+    score, cost, array, alive, budget, floor, multiple = problem
+    # Where the order within an array is by one score and all items of one price, the ranking is the plain loop's.
+    cost, multiple = [1] * len(cost), [1] * len(multiple)
+    score = [value * 1000 + group for group, value in enumerate(score)]
+    expected, *_ = plain_selection(score, cost, array, alive, budget, floor, multiple)
+    chosen = select_groups(
+        torch.tensor(score, dtype=torch.float64),
+        torch.tensor(cost, dtype=torch.int64),
+        torch.tensor(array, dtype=torch.int64),
+        torch.tensor(alive, dtype=torch.bool),
+        budget,
+        torch.tensor(floor),
+        torch.tensor(multiple),
+    )
+    assert chosen.tolist() == expected
+
+
+def test_heads_and_neurons_are_ranked_together_by_score_per_cost():
+    # A head of cost 100 and score 50 is dearer to keep than neurons of cost 1 and score 0.6.
+    score = torch.tensor([50.0, 70.0] + [0.6] * 8)
+    cost = torch.tensor([100, 100] + [1] * 8)
+    array = torch.tensor([0, 0] + [1] * 8)
+    alive = torch.ones(10, dtype=torch.bool)
+    floors, ones = torch.tensor([1, 0]), torch.ones(2, dtype=torch.int64)
+    chosen = select_groups(score, cost, array, alive, 104, floors, ones)
+    assert chosen.tolist() == [True, False] + [True] * 4 + [False] * 4
+    # Where the head does not fit, what does takes the place.
+    chosen = select_groups(score, cost, array, alive, 99, floors, ones)
+    assert chosen.tolist() == [False, False] + [True] * 8
+
+
+@st.composite
+def runs(draw):
+    heads, head_size = draw(st.integers(1, 6)), draw(st.integers(1, 8))
+    groups = made_up(draw(st.integers(1, 5)), heads, head_size, draw(st.integers(1, 70)))
+    structures = draw(st.sampled_from([("heads", "neurons"), ("heads",), ("neurons",)]))
+    config = OTOConfig(
+        target_sparsity=draw(st.floats(0, 0.99)),
+        target_unit=draw(st.sampled_from(["params", "macs", "groups"])),
+        macs_sequence_length=draw(st.sampled_from([1, 128, 384])),
+        structures=structures,
+        min_heads=draw(st.integers(0, 3)),
+        min_neurons=draw(st.integers(0, 20)),
+        round_to=draw(st.sampled_from([1, 2, 8, 16])),
+        pruning_periods=draw(st.integers(1, 10)),
+    )
+    return groups, config, draw(st.integers(0, 2**31))
+
+
+@given(runs())
+def test_the_target_is_met_in_every_currency(run):
+    groups, config, seed = run
+    arrays = [array for array in groups.arrays if array.kind in config.structures]
+    counts = torch.tensor([array.count for array in arrays])
+    kinds = [array.kind for array in arrays]
+    costs = torch.tensor([group_cost(groups, kind, config.target_unit, config.macs_sequence_length) for kind in kinds])
+    limits = torch.tensor([floor_and_multiple(kind, config) for kind in kinds])
+    total = dense_cost(groups, config)
+    target = Fraction(repr(config.target_sparsity)) * total
+    try:
+        check_target(groups, config)
+    except ValueError:
+        most = sum(
+            removable_groups(count, floor, multiple) * cost
+            for count, cost, (floor, multiple) in zip(counts.tolist(), costs.tolist(), limits.tolist(), strict=True)
+        )
+        assert most < target
+        return
+    alive = torch.ones(int(counts.sum()), dtype=torch.bool)
+    array_of, cost = torch.arange(len(arrays)).repeat_interleave(counts), costs.repeat_interleave(counts)
+    generator = torch.Generator().manual_seed(seed)
+    schedule = Schedule.from_config(config, 200)
+    for boundary in schedule.boundaries[:-1]:
+        score = torch.rand(alive.numel(), generator=generator)
+        share = allowance(schedule.share(boundary, config.target_sparsity), total)
+        gone = int(cost[~alive].sum())
+        alive &= ~select_groups(score, cost, array_of, alive, share - gone, limits[:, 0], limits[:, 1])
+        assert int(cost[~alive].sum()) <= share
+    removed = int(cost[~alive].sum())
+    assert removed <= target
+    cheapest = None
+    for block, (floor, multiple) in enumerate(limits.tolist()):
+        left = int((alive & (array_of == block)).sum())
+        if int(counts[block]) - left:
+            assert left % multiple == 0 and left >= floor
+        if removable_groups(left, floor, multiple):
+            price = (left % multiple or multiple) * int(costs[block])
+            cheapest = price if cheapest is None else min(cheapest, price)
+    assert cheapest is None or target - removed < cheapest
+    assert cheapest is not None or target - removed < 1 or config.target_sparsity == 0
+
+
+def test_a_target_that_the_floors_rule_out_is_refused_with_what_is_reachable():
+    groups = made_up()  # a head 1,048 weights, a neuron 65: 4 · 1,048 + 24 · 65 = 5,752 a block
+    check_target(groups, OTOConfig(target_sparsity=0.72, min_heads=1, min_neurons=8))
+    with pytest.raises(
+        ValueError,
+        match=r"`target_sparsity`=0.8 of params cannot be reached: with `min_heads`=1, `min_neurons`=8 and "
+        r"`round_to`=8 at most 0.7273 can go",  # (3 · 1,048 + 16 · 65) / 5,752
+    ):
+        check_target(groups, OTOConfig(target_sparsity=0.8))
+    check_target(groups, OTOConfig(target_sparsity=0.99, min_heads=0, min_neurons=0))
+    with pytest.raises(ValueError, match=r"=0.7 of groups cannot be reached: .* at most 0.6785 can go"):
+        check_target(groups, OTOConfig(target_sparsity=0.7, target_unit="groups"))
+    check_target(groups, OTOConfig(target_sparsity=None))
+    check_target(groups, OTOConfig(target_sparsity=0.0))
+
+
+def test_a_model_that_is_pruned_to_the_target_already_is_refused():
+    model = tiny_model("BertModel")
+    zero_uneven(model)
+    groups = partition(compress(model))  # (3, 16), (0, 12), (2, 0)
+    removed = (7 * 1048 + 44 * 65) / (3 * 5752)
+    with pytest.raises(ValueError, match=rf"`target_sparsity`=0.5 .* is removed already \({removed:.4f}\)"):
+        check_target(groups, OTOConfig(target_sparsity=0.5))
+    with pytest.raises(ValueError, match="is removed already"):
+        check_target(groups, OTOConfig(target_sparsity=removed + 1e-4, min_neurons=0))  # no group fits between
+    check_target(groups, OTOConfig(target_sparsity=0.7))
