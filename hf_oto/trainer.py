@@ -68,8 +68,15 @@ class OTOTrainer(Trainer):
         self.oto_config = OTOConfig() if oto_config is None else oto_config
         if not isinstance(self.oto_config, OTOConfig):
             raise TypeError(f"`oto_config` must be an OTOConfig, got {type(oto_config).__name__}.")
-        if model is not None:  # before Trainer makes `output_dir`
+        # Before Trainer makes `output_dir`.
+        if model is not None:
             _check_model(model, self.oto_config)
+        optim = str(getattr(args, "optim", "")).rpartition(".")[2].lower()
+        if any(name in optim for name in _REFUSED_OPTIMIZERS):
+            raise ValueError(
+                f"`optim`={optim!r} is not supported by OTOTrainer: it steps during backward, or trains other weights "
+                f"than those it leaves in the model. Use another, such as 'adamw_torch'."
+            )
         self._total_steps: int | None = None
         self._saving_checkpoint = False
         self._accumulating = False
@@ -86,11 +93,6 @@ class OTOTrainer(Trainer):
             raise ValueError("`fsdp` is not supported by OTOTrainer. HSPG itself runs under `fully_shard`.")
         if self.args.n_gpu > 1:
             raise ValueError("DataParallel is not supported by OTOTrainer. Launch one process per GPU.")
-        if any(name in str(self.args.optim) for name in _REFUSED_OPTIMIZERS):
-            raise ValueError(
-                f"`optim`={str(self.args.optim)!r} is not supported by OTOTrainer: it steps during backward, or keeps "
-                f"other weights than the model's. Use another, such as 'adamw_torch'."
-            )
 
     @property
     def _output_dir(self) -> str:
