@@ -8,7 +8,9 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_oto.groups import GroupArray, partition
+from hf_oto.budget import dense_cost, floor_and_multiple, group_cost, removable_groups
+from hf_oto.config import OTOConfig
+from hf_oto.groups import GroupArray, Partition, partition
 
 _COMMON = {
     "vocab_size": 61,
@@ -141,3 +143,17 @@ def owned(model: PreTrainedModel, array: GroupArray, group: int) -> list[Tensor]
     parameters = dict(model.named_parameters())
     places = slice(group * array.width, (group + 1) * array.width)
     return [parameters[name].data[places if dim == 0 else (slice(None), places)] for name, dim in array.members]
+
+
+def removed_and_next(groups: Partition, config: OTOConfig, zero: dict[tuple[int, str], Tensor]) -> tuple[int, int]:
+    """The cost that is gone, and that of the cheapest cut that the floors allow still (everything if there is none)."""
+    removed, cheapest = 0, dense_cost(groups, config)
+    for array in groups.arrays:
+        if array.kind in config.structures:
+            cost = group_cost(groups, array.kind, config.target_unit, config.macs_sequence_length)
+            gone = int(zero[array.layer, array.kind].sum())
+            removed += gone * cost
+            floor, multiple = floor_and_multiple(array.kind, config)
+            if removable_groups(array.count - gone, floor, multiple):
+                cheapest = min(cheapest, cost * ((array.count - gone) % multiple or multiple))
+    return removed, cheapest

@@ -5,7 +5,17 @@ import json
 
 import pytest
 import torch
-from families import ONE_EACH, counts, largest_difference, outputs, owned, question_batch, tiny_model, zero
+from families import (
+    ONE_EACH,
+    counts,
+    largest_difference,
+    outputs,
+    owned,
+    question_batch,
+    removed_and_next,
+    tiny_model,
+    zero,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call
@@ -363,17 +373,8 @@ def test_a_real_run_meets_its_target(name, target, unit, structures, floors, rou
     train(model, optimizer, 7)
     found = zeroed(model)
     total = budget.dense_cost(groups, config)
-    removed, cheapest = 0, total
-    for array in groups.arrays:
-        if array.kind not in structures:
-            assert not found[array.layer, array.kind].any()
-            continue
-        cost = budget.group_cost(groups, array.kind, unit, config.macs_sequence_length)
-        gone = int(found[array.layer, array.kind].sum())
-        removed += gone * cost
-        floor, multiple = budget.floor_and_multiple(array.kind, config)
-        if budget.removable_groups(array.count - gone, floor, multiple):
-            cheapest = min(cheapest, cost * ((array.count - gone) % multiple or multiple))
+    removed, cheapest = removed_and_next(groups, config, found)
+    assert not any(mask.any() for (_, kind), mask in found.items() if kind not in structures)
     assert removed <= target * total and target * total - removed < cheapest + 1
 
 

@@ -1,0 +1,87 @@
+"""Two real processes: every rank holds the same masks, and they are those of one process on the same global batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import ONE_EACH, counts, largest_difference, outputs, removed_and_next, tiny_model
+from ranks import CONFIG, GLOBAL_BATCH, STEPS, uneven
+from transformers import AutoModelForQuestionAnswering
+
+from hf_oto import budget, partition
+from hf_oto.groups import zero_groups
+from hf_oto.hspg import KEPT, ZERO
+from hf_oto.schedule import Schedule
+
+pytestmark = pytest.mark.slow
+
+
+def launch(mode, folder):
+    script = str(Path(__file__).with_name("ranks.py"))
+    ranks = [] if mode == "single" else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *ranks, script, mode, str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Load what a rank held; each mode runs once, when it is first asked for."""
+    folder, modes = tmp_path_factory.mktemp("ranks"), set()
+
+    def load(mode, name, rank=0):
+        if mode not in modes:
+            modes.add(mode)
+            launch(mode, folder)
+        return torch.load(folder / f"{mode}-{name}-{rank}.pt", weights_only=True)
+
+    return load
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "fsdp_blocks"])
+def test_ranks_agree_with_each_other_and_with_one_process(ran, mode, name):
+    first, second, alone = ran(mode, name, 0), ran(mode, name, 1), ran("single", name)
+    assert torch.equal(first["status"], second["status"])  # at every step
+    assert torch.equal(first["saliency"], second["saliency"])
+    assert all(torch.equal(first["weights"][key], second["weights"][key]) for key in first["weights"])
+
+    start = Schedule.from_config(CONFIG, STEPS).boundaries[0]
+    assert not (alone["status"][start - 1] != KEPT).any() and (alone["status"][start] != KEPT).any()
+    assert torch.equal(first["status"][: start + 1], alone["status"][: start + 1])
+
+    # What is marked zero is zero, and the target is met with nothing that would still fit.
+    model = tiny_model(name, **uneven(name))
+    model.load_state_dict(first["weights"])
+    groups, parameters = partition(model), dict(model.named_parameters())
+    zero = {(array.layer, array.kind): zero_groups(array, parameters) for array in groups.arrays}
+    assert torch.equal(torch.cat(list(zero.values())), first["status"][-1] == ZERO)
+    removed, cheapest = removed_and_next(groups, CONFIG, zero)
+    half = budget.dense_cost(groups, CONFIG) / 2
+    assert half - cheapest < removed <= half
+
+
+def test_the_global_batch_is_split():
+    assert GLOBAL_BATCH % 2 == 0  # or the mean over the ranks is not that over the batch
+
+
+def test_trainer_on_two_ranks_saves_once_what_both_hold(tmp_path):
+    launch("trainer", tmp_path)
+    first, second = (torch.load(tmp_path / f"trainer-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.equal(first["status"], second["status"]) and (first["status"] == ZERO).any()
+    assert all(torch.equal(first["weights"][key], second["weights"][key]) for key in first["weights"])
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-12", "checkpoint-24"}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    full = tiny_model(ONE_EACH[0])
+    full.load_state_dict(first["weights"])
+    small = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "run")
+    assert counts(small) != counts(full) and type(small).__name__ == f"OTO{ONE_EACH[0]}"
+    assert largest_difference(outputs(small), outputs(full)) <= 1e-5
