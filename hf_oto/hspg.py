@@ -146,6 +146,9 @@ class HSPG(Optimizer):
         self._first_group.setdefault(_STEP, 0)
         self._first_group.setdefault(_SETTINGS, json.dumps(self._settings(), sort_keys=True))
 
+    def __repr__(self) -> str:
+        return f"HSPG({type(self.base_optimizer).__name__}, step {self.steps_done}, {self.stage}, {self.metrics()})"
+
     # What is shared, and what is kept.
 
     def _share(self) -> None:

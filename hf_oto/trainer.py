@@ -255,6 +255,7 @@ def _replacing(target: Path) -> Iterator[Path]:
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that had this number and was killed
     folder.mkdir()
     try:
         yield folder

@@ -1,6 +1,8 @@
 """What holds for every test: no network, one thread per worker, seeds."""
 
 import os
+import sys
+from pathlib import Path
 
 # Before the first import of torch or a Hugging Face library: they read these once. Subprocesses inherit them.
 os.environ.update(
@@ -20,6 +22,9 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 torch.set_num_threads(1)
+
+# The example's files are scripts that import each other, no package.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "squad"))
 
 # A busy machine is no failure (deadline), and a run finds what the last one found (derandomize).
 settings.register_profile("hf_oto", deadline=None, derandomize=True)

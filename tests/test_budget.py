@@ -58,10 +58,9 @@ def test_costs_of_bert_base():
 
 
 def test_a_share_is_the_decimal_that_it_prints_as():
-    assert allowance(0.1, 10) == 1
-    assert allowance(0.7, 10) == 7  # 0.7 is below seven tenths in binary
-    assert allowance(0.3, 10) == 3
+    assert allowance(0.29, 100) == 29  # 0.29 · 100 is 28.999999999999996 in floating point
     assert allowance(0.5, 7) == 3
+    assert allowance(0.0, 7) == 0
 
 
 @pytest.mark.parametrize(

@@ -105,11 +105,11 @@ def find_answers(
 
 
 def _best_spans(
-    starts: np.ndarray, ends: np.ndarray, context: np.ndarray, k: int, max_length: int
+    starts: np.ndarray, ends: np.ndarray, context: np.ndarray, n_best: int, max_length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """First token, last token and score of each window's best spans, `[F, K]` each; -inf where there is no span."""
     length = context.shape[1]
-    k = min(k, length)
+    k = min(n_best, length)
     starts = np.where(context, starts[:, :length], -np.inf)
     ends = np.where(context, ends[:, :length], -np.inf)
     top_start = np.argsort(-starts, axis=1, kind="stable")[:, :k]
@@ -117,7 +117,7 @@ def _best_spans(
     scores = np.take_along_axis(starts, top_start, 1)[:, :, None] + np.take_along_axis(ends, top_end, 1)[:, None, :]
     tokens = top_end[:, None, :] - top_start[:, :, None] + 1
     scores = np.where((tokens >= 1) & (tokens <= max_length), scores, -np.inf).reshape(len(starts), k * k)
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :n_best]  # there are more spans than starts
     first = np.take_along_axis(top_start, best // k, 1)
     last = np.take_along_axis(top_end, best % k, 1)
     return first, last, np.take_along_axis(scores, best, 1)

@@ -81,6 +81,9 @@ class DataArguments:
         for name in ("max_seq_length", "n_best_size", "max_answer_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if not 0 <= self.doc_stride < self.max_seq_length:
             raise ValueError(
                 f"`doc_stride` must be in [0, `max_seq_length`), got {self.doc_stride} and {self.max_seq_length}."
@@ -111,6 +114,7 @@ _CompressionFields = dataclasses.make_dataclass(
 )
 
 
+@dataclass  # its own, or the fields' `__init__` would be used, which knows no `__post_init__`
 class CompressionArguments(_CompressionFields):
     """`--compress` and every setting of [`OTOConfig`] under its own name."""
 
@@ -151,10 +155,12 @@ def parse_arguments(
         parsed = parser.parse_json_file(arguments[0])
     else:
         parsed = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    _, data, _, training = parsed
+    _, data, compression, training = parsed
     if not (training.do_train or training.do_eval or training.do_predict):
         raise ValueError("Nothing to do: give `--do_train`, `--do_eval` or `--do_predict`.")
     for switch, split in (("do_train", "train"), ("do_eval", "validation"), ("do_predict", "test")):
         if getattr(training, switch) and data.dataset_name is None and getattr(data, f"{split}_file") is None:
             raise ValueError(f"`--{switch}` needs `--{split}_file` or `--dataset_name`.")
+    if compression.compress and not training.do_train:
+        raise ValueError("`--compress` prunes while the model trains: give `--do_train` too.")
     return parsed

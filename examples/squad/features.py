@@ -67,13 +67,7 @@ def feature_maker(
         ends_T = np.where(context_T, offsets_T[:, 1], OUTSIDE)
         columns = dict(encoded)
         if labels:
-            spans = [
-                (answer["answer_start"][0], answer["answer_start"][0] + len(answer["text"][0]))
-                if answer["text"]
-                else (OUTSIDE, OUTSIDE)
-                for answer in batch["answers"]
-            ]
-            answers_F2 = np.array(spans)[source_F]
+            answers_F2 = np.array([answer_span(answer) for answer in batch["answers"]])[source_F]
             positions = label_positions(starts_T, ends_T, lengths_F, answers_F2, null_F)
             columns["start_positions"], columns["end_positions"] = positions
         else:
@@ -84,6 +78,15 @@ def feature_maker(
         return columns
 
     return make
+
+
+def answer_span(answers: dict[str, list[Any]]) -> tuple[int, int]:
+    """Characters of the context where the first answer starts and ends, without spaces around it; -1 for none."""
+    if not answers["text"]:
+        return OUTSIDE, OUTSIDE
+    text, start = answers["text"][0], answers["answer_start"][0]
+    start += len(text) - len(text.lstrip())  # no token ends in a space, so the labels would take in its neighbours
+    return start, start + len(text.strip())
 
 
 def label_positions(

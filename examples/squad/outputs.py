@@ -30,7 +30,8 @@ def check_output_dir(output_dir: str, *, resume: str | None, overwrite: bool) ->
         `str | None`: The checkpoint to resume from.
 
     Raises:
-        `ValueError`: The folder holds something, and neither was asked for; or there is no such checkpoint.
+        `ValueError`: The folder holds something, and is neither to be replaced nor that of the checkpoint; or there is
+            no such checkpoint.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
@@ -40,13 +41,16 @@ def check_output_dir(output_dir: str, *, resume: str | None, overwrite: bool) ->
         checkpoint = last if resume.lower() in ("true", "last") else resume
         if checkpoint is None or not Path(checkpoint, "trainer_state.json").is_file():
             raise ValueError(f"`resume_from_checkpoint` {resume}: there is no such checkpoint to resume from.")
-        return checkpoint
+        if Path(checkpoint).resolve().parent == folder.resolve():
+            return checkpoint
+    else:
+        checkpoint = None
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ValueError(
             f"`output_dir` {output_dir} is not empty, it may hold another run. Choose another one, continue that run "
             "with `--resume_from_checkpoint last`, or replace it with `--overwrite_output_dir`."
         )
-    return None
+    return checkpoint
 
 
 def remove_checkpoints(output_dir: str) -> None:

@@ -41,6 +41,9 @@ class QuestionAnsweringMixin:
         self._windows = test_dataset
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> None:
+        """In the data set's order, whose windows the logits are of: never grouped by length, as training may be."""
+
     def evaluation_loop(
         self,
         dataloader: Any,

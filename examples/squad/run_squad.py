@@ -28,7 +28,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_oto.architectures import BLOCK_SPECS, dense_model_type
+from hf_oto import OTOTrainer, summarize
 
 logger = logging.getLogger("run_squad")
 
@@ -137,7 +137,6 @@ def trainer_class(compression: CompressionArguments) -> tuple[type[Trainer], dic
     config = compression.oto_config()
     if config is None:
         return QuestionAnsweringTrainer, {}
-    from hf_oto import OTOTrainer
 
     class QuestionAnsweringOTOTrainer(QuestionAnsweringMixin, OTOTrainer):
         """[`OTOTrainer`] that scores answers."""
@@ -145,15 +144,13 @@ def trainer_class(compression: CompressionArguments) -> tuple[type[Trainer], dic
     return QuestionAnsweringOTOTrainer, {"oto_config": config}
 
 
-def size(model: PreTrainedModel, sequence_length: int) -> dict[str, int]:
-    """Parameters, all and in the blocks, and multiply-accumulates of the blocks for one sequence."""
-    numbers = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
-    spec = BLOCK_SPECS.get(dense_model_type(model.config.model_type))
-    if spec is None:  # a dense run of a family that cannot be pruned
-        return numbers
-    blocks = model.base_model.get_submodule(spec.blocks)
-    numbers["encoder_parameters"] = sum(parameter.numel() for parameter in blocks.parameters())
-    return numbers
+def size(model: PreTrainedModel, sequence_length: int) -> dict[str, Any]:
+    """Parameters, all and in the blocks, multiply-accumulates of heads and neurons, and bytes of the weights."""
+    try:
+        numbers = summarize(model, sequence_length=sequence_length).to_dict()
+    except ValueError:  # a dense run of a model that cannot be pruned
+        return {"parameters": model.num_parameters()}
+    return {name: numbers[name] for name in ("parameters", "encoder_parameters", "macs", "file_size")}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -209,7 +206,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         if compression.compress:
             # What counts is what a user gets: the small model as it is on disk.
             trainer.accelerator.wait_for_everyone()
-            model = AutoModelForQuestionAnswering.from_pretrained(training.output_dir)
+            model = AutoModelForQuestionAnswering.from_pretrained(
+                training.output_dir, attn_implementation=model_arguments.attn_implementation
+            )
             trainer = QuestionAnsweringTrainer(model=model, **common)
             if training.do_eval:
                 results.add("zeroed", zeroed)

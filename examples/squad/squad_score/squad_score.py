@@ -2,7 +2,8 @@
 
 Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text" (EMNLP 2016) and "Know What You Don't
 Know: Unanswerable Questions for SQuAD" (ACL 2018). The two differ where nothing is left of an answer once articles and
-punctuation are gone: two such answers share no word, so v1.1 gives F1 0; v2.0 gives 1, and it drops such gold answers.
+punctuation are gone: two such answers share no word, so v1.1 gives F1 0; v2.0 gives 1, and it drops such gold answers,
+although their question still counts as one that has an answer.
 """
 
 import collections
@@ -51,8 +52,8 @@ def score_v1(predictions, golds):
 
 def score_v2(predictions, golds, null_odds, threshold):
     """Scores over all questions, those with and those without an answer, and at the best thresholds."""
-    golds = {question: [gold for gold in answers if normalize(gold)] for question, answers in golds.items()}
     answered = {question: bool(answers) for question, answers in golds.items()}
+    golds = {question: [gold for gold in answers if normalize(gold)] for question, answers in golds.items()}
     raw = {
         "exact": {q: max(exact_match(predictions[q], gold) for gold in golds[q] or [""]) for q in golds},
         "f1": {q: max(f1(predictions[q], gold, True) for gold in golds[q] or [""]) for q in golds},
