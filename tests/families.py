@@ -146,7 +146,7 @@ def owned(model: PreTrainedModel, array: GroupArray, group: int) -> list[Tensor]
 
 
 def removed_and_next(groups: Partition, config: OTOConfig, zero: dict[tuple[int, str], Tensor]) -> tuple[int, int]:
-    """The cost that is gone, and that of the cheapest cut that the floors allow still (everything if there is none)."""
+    """The cost that is gone, and that of the cheapest cut that the floors allow still (all of it if there is none)."""
     removed, cheapest = 0, dense_cost(groups, config)
     for array in groups.arrays:
         if array.kind in config.structures:

@@ -186,7 +186,8 @@ def test_weight_decay_leaves_out_what_trainer_leaves_out(tmp_path):
     assert (first["weight_decay"], second["weight_decay"]) == (0.01, 0.0)
     assert all("bias" not in name and "LayerNorm" not in name for name in first["param_names"])
     assert "bert.encoder.layer.0.output.dense.bias" in second["param_names"]
-    assert trainer.create_optimizer() is trainer.hspg  # not wrapped twice
+    made = trainer.hspg
+    assert trainer.create_optimizer() is made is trainer.hspg  # not wrapped twice
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "rmsprop", "adagrad"])

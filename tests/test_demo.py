@@ -1,0 +1,206 @@
+"""The demo: its questions, its tokenizer, its folder, and a tiny run of it from end to end."""
+
+import json
+import random
+import re
+from collections import Counter, defaultdict
+from types import SimpleNamespace
+
+import demo
+import pytest
+import synthetic
+import topics
+from transformers import AutoConfig, AutoTokenizer
+
+SIZES = {"train": 400, "dev": 150}
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return synthetic.make_squad(SIZES, questions=4, seed=0)
+
+
+def paragraphs(split):
+    return split["data"][0]["paragraphs"]
+
+
+def questions(split):
+    """Every question with its paragraph's text, its answer and where that starts."""
+    return [
+        (one["context"], question, question["answers"][0]["text"], question["answers"][0]["answer_start"])
+        for one in paragraphs(split)
+        for question in one["qas"]
+    ]
+
+
+@pytest.fixture(scope="module")
+def written():
+    rng = random.Random(0)
+    return [(topic, *synthetic.write_paragraph(topic, rng)) for topic in topics.TOPICS for _ in range(80)]
+
+
+def test_every_answer_stands_where_it_says_and_nowhere_else(splits):
+    for split in splits.values():
+        for context, _, text, start in questions(split):
+            assert text and context[start : start + len(text)] == text
+            assert len(re.findall(rf"\b{re.escape(text)}\b", context)) == 1
+
+
+def test_ids_are_unique_and_sizes_as_asked(splits):
+    ids = [question["id"] for split in splits.values() for _, question, _, _ in questions(split)]
+    assert len(ids) == len(set(ids)) == 4 * sum(SIZES.values())
+    assert {name: len(paragraphs(split)) for name, split in splits.items()} == SIZES
+
+
+def test_a_paragraph_tells_each_kind_of_fact_of_every_subject(written):
+    for _, text, facts in written:
+        values = defaultdict(dict)
+        for fact in facts:
+            assert text[fact.value_start :].startswith(fact.value)
+            assert text[fact.subject_start :].startswith(fact.subject)
+            values[fact.relation][fact.subject] = fact.value
+        assert len(values) >= 2
+        for told in values.values():
+            assert len(told) >= 2 and len(set(told.values())) == len(told)
+            assert set(told) == {fact.subject for fact in facts}
+
+
+def test_every_kind_of_fact_and_question_is_used(written):
+    told = {fact.relation for _, _, facts in written for fact in facts}
+    assert told == {relation for topic in topics.TOPICS for relation in topic.relations}
+
+
+def test_the_question_alone_does_not_give_the_answer(splits):
+    """Guess the train split's most frequent answer to the same question, name or value left out."""
+
+    def kind(question):
+        capital = r"(?:(?<!^)[A-Z]\w+ ?)+|\d+"
+        return re.sub(capital, "_", question["question"])
+
+    answers = defaultdict(Counter)
+    for _, question, text, _ in questions(splits["train"]):
+        answers[kind(question)][text] += 1
+    assert all(len(counter) > 1 for counter in answers.values() if counter.total() > 20)
+    right = [
+        answers[kind(question)].most_common(1)[0][0] == text
+        for _, question, text, _ in questions(splits["dev"])
+        if kind(question) in answers
+    ]
+    assert len(right) > 500
+    assert sum(right) / len(right) < 0.1
+
+
+def test_splits_share_no_paragraph_and_no_set_of_subjects(monkeypatch):
+    """On a topic with few names, which would repeat."""
+    names = topics.FEMALES[:6]
+    zoo = SimpleNamespace(**{**vars(topics.ZOO), "names": (names,)})
+    monkeypatch.setattr(synthetic, "TOPICS", (zoo,))
+    splits = synthetic.make_squad({"train": 12, "dev": 30}, questions=4, seed=0)
+    texts, subjects = {}, {}
+    for name, split in splits.items():
+        texts[name] = {one["context"] for one in paragraphs(split)}
+        subjects[name] = {frozenset(word for word in names if word in text) for text in texts[name]}
+    assert texts["train"].isdisjoint(texts["dev"]) and subjects["train"].isdisjoint(subjects["dev"])
+    assert len(texts["dev"]) == 30
+
+
+def test_the_seed_decides(splits):
+    assert synthetic.make_squad(SIZES, questions=4, seed=0) == splits
+    assert synthetic.make_squad(SIZES, questions=4, seed=1) != splits
+
+
+def test_the_english_is_sound(splits):
+    for split in splits.values():
+        for context, question, _, _ in questions(split):
+            assert not re.search(r"[{}]|  |\ba [aeiou]", context + question["question"])
+            assert all(sentence[0].isupper() for sentence in re.split(r"\. ", context))
+            assert context.endswith(".") and question["question"].endswith("?")
+            assert not re.search(r"\b(he|she|it)[.]", context)  # an object
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    demo.make_inputs(folder, demo.parse_arguments(["--steps", "50", "--eval_paragraphs", "60"]))
+    return folder
+
+
+def test_the_tokenizer_loads_and_its_tokens_fit_the_answers(inputs):
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
+    assert tokenizer.is_fast
+    assert tokenizer("Who?", "He.")["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1]
+    for context, question, text, start in questions(json.loads((inputs / "dev.json").read_text())):
+        encoded = tokenizer(question["question"], context, return_offsets_mapping=True)
+        assert tokenizer.unk_token_id not in encoded["input_ids"]
+        assert len(encoded["input_ids"]) <= demo.SEQUENCE_LENGTH
+        tokens = [
+            (token.removeprefix("##"), first, last)
+            for token, (first, last), part in zip(
+                encoded.tokens(), encoded["offset_mapping"], encoded.sequence_ids(), strict=True
+            )
+            if part == 1
+        ]
+        assert all(token == context[first:last].lower() for token, first, last in tokens)
+        assert "".join(token for token, _, _ in tokens) == context.lower().replace(" ", "")
+        assert start in {first for _, first, _ in tokens} and start + len(text) in {last for _, _, last in tokens}
+
+
+def test_the_config_fits_the_tokenizer(inputs):
+    config = AutoConfig.from_pretrained(inputs / "model")
+    assert config.vocab_size == len(AutoTokenizer.from_pretrained(inputs / "model"))
+    assert config.max_position_embeddings >= demo.SEQUENCE_LENGTH
+
+
+def test_inputs_are_the_same_every_time(inputs, tmp_path):
+    demo.make_inputs(tmp_path, demo.parse_arguments(["--steps", "50", "--eval_paragraphs", "60"]))
+    for name in ("train.json", "dev.json", "model/tokenizer.json", "model/config.json"):
+        assert (tmp_path / name).read_bytes() == (inputs / name).read_bytes(), name
+
+
+def test_a_folder_that_is_not_the_demos_stays(tmp_path):
+    target = tmp_path / "mine"
+    target.mkdir()
+    (target / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="`output_dir` .*mine was not made by this demo"), demo.new_folder(target):
+        raise AssertionError("unreachable")
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    with pytest.raises(ValueError, match="not made by this demo"), demo.new_folder(link):
+        raise AssertionError("unreachable")
+    assert (target / "thesis.txt").read_text() == "years of work"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "mine"]
+
+
+def test_a_run_that_fails_leaves_the_last_one(tmp_path):
+    target = tmp_path / "demo"
+    for content in ("first", "second"):
+        with demo.new_folder(target) as folder:
+            (folder / content).touch()
+        assert sorted(path.name for path in target.iterdir()) == [demo.MARKER, content]
+    with pytest.raises(KeyboardInterrupt), demo.new_folder(target) as folder:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"] and (target / "second").exists()
+
+
+@pytest.mark.slow
+def test_the_demo_runs_from_end_to_end(tmp_path, capfd):
+    target = tmp_path / "build" / "demo"
+    rows = demo.main(["--output_dir", str(target), "--steps", "24", "--eval_paragraphs", "10"])
+    shown = capfd.readouterr().out
+    assert json.loads((target / "results.json").read_text()) == rows
+    dense, pruned = rows["dense"], rows["pruned"]
+    removed = 1 - pruned["prunable_parameters"] / dense["prunable_parameters"]
+    assert 0.48 <= removed <= 0.5  # never over; short of it by less than 8 neurons of 128 * 2 + 1
+    for key in ("parameters", "encoder_parameters", "macs", "file_size"):
+        assert pruned[key] < dense[key]
+        assert f"{dense[key]:,}" in shown or key in ("macs", "file_size")
+    assert pruned["latency"] > 0
+    for name in ("train.json", "dense/model.safetensors", "pruned/layers.png"):
+        assert (target / name).stat().st_size > 0
+    assert not (target / demo.CACHE).exists()
+    # What a new process scores is what the training one did.
+    scored = json.loads((target / "pruned" / "all_results.json").read_text())
+    assert (pruned["exact_match"], pruned["f1"]) == (scored["eval_exact_match"], scored["eval_f1"])
+    assert shown.count("run_squad.py --output_dir") == 3
+    assert [path.name for path in target.parent.iterdir()] == ["demo"]
