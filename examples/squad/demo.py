@@ -176,7 +176,7 @@ def result_table(rows: dict[str, dict[str, Any]]) -> Table:
     """One row a model; latency as a share of the first one's."""
     first = next(iter(rows.values()))
     table = Table()
-    for column in ("", "parameters", "encoder", "MACs", "file size", "latency", "EM", "F1"):
+    for column in ("", "parameters", "encoder", "MACs", "file", "latency", "EM", "F1"):
         table.add_column(column, justify="right" if column else "left")
     for name, row in rows.items():
         table.add_row(
