@@ -17,19 +17,17 @@ Shapes: `G` all groups of the chosen structures, `A` the groups acted on, `P` po
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from . import budget
 from .config import OTOConfig
-from .groups import GroupArray, Partition
+from .groups import Partition
+from .parts import Part, local, parts_of, sum_over_shards
 from .saliency import mask_derivatives, saliency_of, update_saliency
 from .schedule import Schedule
 
@@ -56,48 +54,6 @@ def outside_half_space(dot_A: Tensor, sq_norm_A: Tensor, epsilon: float) -> Tens
     Shapes: [A], [A] -> bool [A]. OTO (arXiv:2107.07467), half-space step.
     """
     return (dot_A < epsilon * sq_norm_A) | (sq_norm_A == 0)
-
-
-@dataclass
-class _Part:
-    """What a set of groups owns of one parameter, on this rank.
-
-    Args:
-        parameter (`Tensor`): The parameter, whole or sharded.
-        group (`dict`): Its parameter group, for the step size.
-        dim (`int`): The dim along which the groups lie.
-        positions_P (`Tensor`): Where they lie on this rank, int64.
-        owners_P (`Tensor`): Whose each position is: index into the set of groups, int64.
-    """
-
-    parameter: Tensor
-    group: dict[str, Any]
-    dim: int
-    positions_P: Tensor
-    owners_P: Tensor
-
-    def read(self) -> Tensor:
-        return _local(self.parameter).index_select(self.dim, self.positions_P)
-
-    def write(self, values: Tensor) -> None:
-        _local(self.parameter).index_copy_(self.dim, self.positions_P, values)
-
-    def clear(self, state: dict[Any, dict[str, Any]] | None = None) -> None:
-        """Set the weights to zero, or what the optimizer keeps for each of them."""
-        kept = [self.parameter] if state is None else state.get(self.parameter, {}).values()
-        for tensor in kept:
-            if isinstance(tensor, Tensor) and tensor.shape == self.parameter.shape:
-                _local(tensor).index_fill_(self.dim, self.positions_P, 0)
-
-    def along(self, values_A: Tensor) -> Tensor:
-        """One value per group, shaped to broadcast over the part."""
-        values_P = values_A[self.owners_P]
-        return values_P if self.parameter.dim() == 1 else values_P.unsqueeze(1 - self.dim)
-
-    def add_sums(self, sums_A: Tensor, values: Tensor) -> None:
-        """Add each group's sum of entries. The sum down to one vector comes first: sharded rows are uneven."""
-        sums_P = values.float() if values.dim() == 1 else values.sum(dim=1 - self.dim, dtype=torch.float32)
-        sums_A.index_add_(0, self.owners_P, sums_P)
 
 
 class HSPG(Optimizer):
@@ -158,8 +114,8 @@ class HSPG(Optimizer):
         self._observed: Tensor | None = None  # sum over this step's micro-steps
         self._micro_steps = 0
         self._gathered: Tensor | None = None  # derivatives of the gradients gathered so far in this step
-        self._acting: list[_Part] | None = None  # parts of the groups that the penalty acts on
-        self._frozen: list[_Part] | None = None  # parts of the groups that are zero
+        self._acting: list[Part] | None = None  # parts of the groups that the penalty acts on
+        self._frozen: list[Part] | None = None  # parts of the groups that are zero
 
     @property
     def _first_group(self) -> dict[str, Any]:
@@ -218,7 +174,7 @@ class HSPG(Optimizer):
             )
         self.base_optimizer.load_state_dict(state_dict)
         self._share()
-        device = _local(self._first_group["params"][0]).device
+        device = local(self._first_group["params"][0]).device
         for name in (_SALIENCY, _STATUS):
             if name in self._first_group:
                 self._first_group[name] = self._first_group[name].to(device)
@@ -293,16 +249,16 @@ class HSPG(Optimizer):
         derivatives = []
         for array in self._arrays:
             parameter, _ = places[array.columns]
-            columns = _local(parameter)
+            columns = local(parameter)
             if parameter.grad is None:
                 derivatives.append(torch.zeros(array.count, device=columns.device))
                 continue
             key = (columns.shape, columns.dtype, columns.device)
             if key not in scratch:
                 scratch[key] = torch.empty_like(columns)
-            derivatives.append(mask_derivatives(columns, _local(parameter.grad), array.width, scratch[key]))
+            derivatives.append(mask_derivatives(columns, local(parameter.grad), array.width, scratch[key]))
         gathered_G = torch.cat(derivatives) / loss_scale
-        _sum_over_shards(gathered_G, [places[array.columns][0] for array in self._arrays])
+        sum_over_shards(gathered_G, [places[array.columns][0] for array in self._arrays])
         if not accumulated:
             self._observed, self._micro_steps, self._gathered = None, 0, None
         own_G = gathered_G if self._gathered is None else gathered_G - self._gathered
@@ -360,7 +316,7 @@ class HSPG(Optimizer):
         for name, part in parts:
             if name in silencers or name in columns:
                 part.add_sums(sums_2G[int(name in columns)], part.read().abs())
-        _sum_over_shards(sums_2G, [part.parameter for _, part in parts])
+        sum_over_shards(sums_2G, [part.parameter for _, part in parts])
         self._first_group[_SALIENCY] = torch.zeros(self._num_groups, device=device)
         self._first_group[_STATUS] = (sums_2G == 0).any(dim=0).to(torch.uint8) * ZERO
 
@@ -401,10 +357,10 @@ class HSPG(Optimizer):
         sums_G = torch.zeros(self._num_groups, device=parts[0].positions_P.device)
         for part in parts:
             part.add_sums(sums_G, part.read().float().square())
-        _sum_over_shards(sums_G, [part.parameter for part in parts])
+        sum_over_shards(sums_G, [part.parameter for part in parts])
         return sums_G
 
-    def _acting_parts(self) -> list[_Part]:
+    def _acting_parts(self) -> list[Part]:
         """What this step's penalty and projection act on: redundant groups, or every group without a target."""
         if self.config.target_sparsity is not None and self.stage != "pruning":
             return []
@@ -414,7 +370,7 @@ class HSPG(Optimizer):
             self._acting = [part for _, part in self._parts(groups)]
         return self._acting
 
-    def _frozen_parts(self) -> list[_Part]:
+    def _frozen_parts(self) -> list[Part]:
         """What is zero and has to stay so. Without a target the projection itself keeps it."""
         if self.config.target_sparsity is None:
             return []
@@ -422,7 +378,7 @@ class HSPG(Optimizer):
             self._frozen = [part for _, part in self._parts(self._with_status(ZERO))]
         return self._frozen
 
-    def _project(self, parts: list[_Part], before: list[Tensor], step: int) -> None:
+    def _project(self, parts: list[Part], before: list[Tensor], step: int) -> None:
         """Penalty, half-space test and projection, after the base optimizer's step."""
         count = self._num_groups if self.config.target_sparsity is None else self._count(REDUNDANT)
         sums_2A = torch.zeros(2, count, device=parts[0].positions_P.device)  # ‖x_g‖², ⟨x̂_g, x_g⟩
@@ -431,7 +387,7 @@ class HSPG(Optimizer):
             part.add_sums(sq_norm_A, x.float().square())
         published = self.config.target_sparsity is None
         if published:  # the penalty itself needs the norms
-            _sum_over_shards(sq_norm_A, [part.parameter for part in parts])
+            sum_over_shards(sq_norm_A, [part.parameter for part in parts])
             inverse_norm_A = sq_norm_A.sqrt().reciprocal().nan_to_num(posinf=0.0)
         trials = []
         for part, x in zip(parts, before, strict=True):
@@ -443,7 +399,7 @@ class HSPG(Optimizer):
             trial = penalized(part.read(), x, factor)
             part.add_sums(dot_A, trial.float() * x.float())
             trials.append(trial)
-        _sum_over_shards(dot_A if published else sums_2A, [part.parameter for part in parts])
+        sum_over_shards(dot_A if published else sums_2A, [part.parameter for part in parts])
 
         zero_A = outside_half_space(dot_A, sq_norm_A, self.config.epsilon)
         if published and self.stage == "warmup":
@@ -483,59 +439,6 @@ class HSPG(Optimizer):
     def _count(self, status: int) -> int:
         return sum(part.numel() for part in self._with_status(status))
 
-    def _parts(self, groups: Sequence[Tensor]) -> list[tuple[str, _Part]]:
+    def _parts(self, groups: Sequence[Tensor]) -> list[tuple[str, Part]]:
         """Everything that groups, given array by array, own: the parameter's name and the part of it."""
-        places, parts, first = self._places(), [], 0
-        for array, groups_g in zip(self._arrays, groups, strict=True):
-            if not groups_g.numel():
-                continue
-            positions_P, owners_P = _positions(array, groups_g, first)
-            for name, dim in array.members:
-                parameter, group = places[name]
-                start, stop = _held(parameter, dim)
-                here = (positions_P >= start) & (positions_P < stop)
-                device = _local(parameter).device
-                part = _Part(parameter, group, dim, (positions_P[here] - start).to(device), owners_P[here].to(device))
-                parts.append((name, part))
-            first += groups_g.numel()
-        return parts
-
-
-def _positions(array: GroupArray, groups_g: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Rows (or columns) of some groups of an array, and whose each is, counting owners from `first`."""
-    offsets = torch.arange(array.width)
-    positions_P = (groups_g[:, None] * array.width + offsets).flatten()
-    return positions_P, torch.arange(first, first + groups_g.numel()).repeat_interleave(array.width)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def _held(parameter: Tensor, dim: int) -> tuple[int, int]:
-    """Which indices along a dim this rank holds: all, or its shard in the layout of `torch.chunk`."""
-    size = parameter.shape[dim]
-    if isinstance(parameter, DTensor):
-        for axis, placement in enumerate(parameter.placements):
-            if placement.is_shard(dim):
-                length = -(-size // parameter.device_mesh.size(axis))
-                start = min(parameter.device_mesh.get_local_rank(axis) * length, size)
-                return start, min(start + length, size)
-    return 0, size
-
-
-def _shards(parameter: Tensor) -> tuple[tuple[Any, int], ...]:
-    """The mesh dimensions over which a parameter is cut into shards."""
-    if not isinstance(parameter, DTensor):
-        return ()
-    return tuple((parameter.device_mesh, axis) for axis, kind in enumerate(parameter.placements) if kind.is_shard())
-
-
-def _sum_over_shards(sums: Tensor, parameters: Iterable[Tensor]) -> None:
-    """Add what the other ranks' shards gave to sums over this rank's shards, in place."""
-    layouts = {_shards(parameter) for parameter in parameters}
-    if len(layouts) > 1:
-        raise ValueError("The weights of zero-invariant groups must be sharded alike: over the same mesh dimension.")
-    for mesh, axis in layouts.pop():
-        dist.all_reduce(sums, group=mesh.get_group(axis))
+        return parts_of(self._arrays, groups, self._places())

@@ -111,18 +111,23 @@ def problems(draw):
     return score, [costs[block] for block in array], array, alive, budget, floor, multiple
 
 
+def selection(score, cost, array, alive, budget, floor, multiple):
+    whole = {"dtype": torch.int64}
+    return select_groups(
+        torch.tensor(score, dtype=torch.float64),
+        torch.tensor(cost, **whole),
+        torch.tensor(array, **whole),
+        torch.tensor(alive, dtype=torch.bool),
+        budget,
+        torch.tensor(floor, **whole),
+        torch.tensor(multiple, **whole),
+    ).tolist()
+
+
 @given(problems())
 def test_selection_keeps_the_rules(problem):
     score, cost, array, alive, budget, floor, multiple = problem
-    chosen = select_groups(
-        torch.tensor(score, dtype=torch.float32),
-        torch.tensor(cost, dtype=torch.int64),
-        torch.tensor(array, dtype=torch.int64),
-        torch.tensor(alive, dtype=torch.bool),
-        budget,
-        torch.tensor(floor),
-        torch.tensor(multiple),
-    ).tolist()
+    chosen = selection(score, cost, array, alive, budget, floor, multiple)
     spent = sum(price for price, cut in zip(cost, chosen, strict=True) if cut)
     assert spent <= budget
     assert not any(cut and not there for cut, there in zip(chosen, alive, strict=True))
@@ -146,16 +151,7 @@ def test_a_selection_without_ties_is_that_of_the_plain_loop(problem):
     cost, multiple = [1] * len(cost), [1] * len(multiple)
     score = [value * 1000 + group for group, value in enumerate(score)]
     expected, *_ = plain_selection(score, cost, array, alive, budget, floor, multiple)
-    chosen = select_groups(
-        torch.tensor(score, dtype=torch.float64),
-        torch.tensor(cost, dtype=torch.int64),
-        torch.tensor(array, dtype=torch.int64),
-        torch.tensor(alive, dtype=torch.bool),
-        budget,
-        torch.tensor(floor),
-        torch.tensor(multiple),
-    )
-    assert chosen.tolist() == expected
+    assert selection(score, cost, array, alive, budget, floor, multiple) == expected
 
 
 def test_heads_and_neurons_are_ranked_together_by_score_per_cost():

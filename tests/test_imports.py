@@ -14,12 +14,12 @@ LEVELS = {
     "cli": 1,
     "trainer": 2,
     **dict.fromkeys(("report", "distillation", "surgery", "hspg"), 3),
-    **dict.fromkeys(("modeling", "saliency", "budget", "schedule"), 4),
+    **dict.fromkeys(("modeling", "saliency", "budget", "schedule", "parts"), 4),
     "groups": 5,
     "architectures": 6,
     "config": 7,
 }
-TORCH_ONLY = {"hspg", "saliency", "budget", "schedule", "groups", "architectures", "config"}
+TORCH_ONLY = {"hspg", "saliency", "budget", "schedule", "parts", "groups", "architectures", "config"}
 TRAVELLING = {"modeling", "architectures"}  # copied beside the weights, where no other room is
 UNPICKLERS = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PUBLIC = {"OTOConfig", "OTOTrainer", "HSPG", "partition", "compress", "summarize"}

@@ -109,6 +109,7 @@ def environment(folder: Path) -> dict[str, str]:
     """That of the trainings: no network, caches in a folder, and memory that goes back and forth less often."""
     return {
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "OMP_WAIT_POLICY": "PASSIVE",  # a thread that spins while it waits makes a busy machine many times slower
         "MALLOC_TRIM_THRESHOLD_": "4000000000",
         "MALLOC_MMAP_THRESHOLD_": "33554432",
         **os.environ,
