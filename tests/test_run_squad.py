@@ -323,3 +323,16 @@ def test_every_evaluation_set_is_scored_with_its_own_windows(tmp_path):
     ]
     plain = QuestionAnsweringTrainer(model=model, args=args, eval_dataset=sets["far"])
     assert not [name for name in plain.evaluate() if name.endswith("windows")]
+
+
+def test_windows_are_scored_in_their_own_order_also_where_training_groups_them_by_length(work, tmp_path):
+    """Trainer would group the evaluation as well, and answers would be read off other windows."""
+    plain = run(work, tmp_path / "plain", "--do_eval", validation="dev")
+    grouped = ("--do_eval", "--train_sampling_strategy", "group_by_length")
+    run(work, tmp_path / "grouped", *grouped, "--per_device_eval_batch_size", "4", validation="dev")
+    names = ("eval_predictions.json", "eval_nbest_predictions.json")
+    texts, n_best = ([read(tmp_path / run_name / name) for run_name in ("plain", "grouped")] for name in names)
+    assert texts[0] == texts[1] and plain["eval_f1"] > 0
+    for name, expected in n_best[0].items():
+        logits = ([one["start_logit"] for one in found[:3]] for found in (expected, n_best[1][name]))
+        assert next(logits) == pytest.approx(next(logits), abs=1e-4)  # other batches, other padding
