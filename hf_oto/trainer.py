@@ -25,8 +25,8 @@ from .surgery import check_compressible, compress
 
 logger = logging.get_logger(__name__)
 
-# These step during backward, or train other weights than those they leave in the model.
-_REFUSED_OPTIMIZERS = ("lomo", "adalomo", "layerwise", "galore", "apollo", "schedule_free")
+# These step during backward, or keep weights or states that are no longer laid out as the model's weights.
+_REFUSED_OPTIMIZERS = ("lomo", "layerwise", "galore", "apollo", "schedule_free")
 
 
 class OTOTrainer(Trainer):
@@ -74,8 +74,8 @@ class OTOTrainer(Trainer):
         optim = str(getattr(args, "optim", "")).rpartition(".")[2].lower()
         if any(name in optim for name in _REFUSED_OPTIMIZERS):
             raise ValueError(
-                f"`optim`={optim!r} is not supported by OTOTrainer: it steps during backward, or trains other weights "
-                f"than those it leaves in the model. Use another, such as 'adamw_torch'."
+                f"`optim`={optim!r} is not supported by OTOTrainer: it steps during backward, or keeps weights or "
+                f"states that are not laid out as the model's weights. Use another, such as 'adamw_torch'."
             )
         self._total_steps: int | None = None
         self._saving_checkpoint = False
@@ -164,6 +164,7 @@ class OTOTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As [`Trainer.train`]. Unless nothing is to be saved, the small model is in `output_dir` at the end."""
+        self._accumulating = False  # an earlier call may have broken off between two micro-steps
         output = super().train(*args, **kwargs)
         if self.args.save_strategy != SaveStrategy.NO and not self.state.is_hyper_param_search:
             self.save_model(_internal_call=True)

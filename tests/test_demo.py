@@ -55,11 +55,12 @@ def test_ids_are_unique_and_sizes_as_asked(splits):
 
 
 def test_a_paragraph_tells_each_kind_of_fact_of_every_subject(written):
-    for _, text, facts in written:
+    for topic, text, facts in written:
         values = defaultdict(dict)
         for fact in facts:
             assert text[fact.value_start :].startswith(fact.value)
-            assert text[fact.subject_start :].startswith(fact.subject)
+            sentence = text[: fact.value_start].rpartition(". ")[2]
+            assert sentence.startswith((topic.article + fact.subject, topic.article.capitalize() + fact.subject))
             values[fact.relation][fact.subject] = fact.value
         assert len(values) >= 2
         for told in values.values():

@@ -356,6 +356,28 @@ def test_accumulated_micro_steps_are_observed_one_by_one(steps, tmp_path, monkey
     assert calls[:6] == ([False] * 6 if steps == 1 else [False, True, True, False, True, True])
 
 
+def test_a_step_that_broke_off_is_not_added_to_the_next(tmp_path, monkeypatch):
+    calls, observe = [], HSPG.observe
+
+    def recorded(self, **options):
+        if options:
+            calls.append(options["accumulated"])
+        observe(self, **options)
+
+    class Interrupt(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(HSPG, "observe", recorded)
+    trainer = make(tmp_path, gradient_accumulation_steps=2)
+    trainer.add_callback(Interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(Interrupt)
+    trainer.train()
+    assert calls[:5] == [False, False, True, False, True]
+
+
 @pytest.mark.parametrize("precision", ["bf16", "gradient_checkpointing", "torch_compile"])
 def test_ways_to_train(precision, tmp_path):
     options = {precision: True} | ({"torch_compile_backend": "eager"} if precision == "torch_compile" else {})

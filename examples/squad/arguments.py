@@ -25,7 +25,7 @@ class ModelArguments:
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
     attn_implementation: str | None = field(
         default=None,
-        metadata={"help": "How attention is computed. On a CPU in bf16, `eager` trains faster than the default."},
+        metadata={"help": "How attention is computed: `sdpa`, `eager`, …"},
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with the checkpoint."})
 

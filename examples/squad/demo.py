@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Dense against pruned on questions made up from a seed: what `make demo` runs, without a network.
 
-It makes the questions, a tokenizer and a small BERT that knows nothing, trains that with `run_squad.py`, once as it is
+It makes the questions, a tokenizer and a small BERT of random weights, trains that with `run_squad.py`, once as it is
 and once with `--compress`, with as many steps, and scores the pruned checkpoint in a process of its own.
 """
 

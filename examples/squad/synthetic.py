@@ -1,9 +1,9 @@
 """Reading comprehension made up from a seed, in SQuAD's v1.1 JSON.
 
-A paragraph tells the same kinds of facts of several subjects: where each of three people was born, what each of them
-plays. The type of a question therefore never gives its answer away: the right subject and the right fact have to be
-found in the text, in other words than the question's. All names and values are shared by all paragraphs, so knowing
-them does not help; which subjects stand together and what is said of them is new in every paragraph.
+A paragraph tells the same kinds of facts of several subjects: where each of three people was born, which instrument
+each of them plays. The type of a question therefore never gives its answer away: the right subject and the right fact
+have to be found in the text, in other words than the question's. All names and values are shared by all paragraphs, so
+knowing them does not help; which subjects stand together and what is said of them is new in every paragraph.
 """
 
 import random
@@ -20,11 +20,10 @@ OPENERS = 0.3
 
 @dataclass(frozen=True)
 class Fact:
-    """Something that a paragraph says, with the characters at which its two ends stand."""
+    """Something that a paragraph says, and the character at which its value stands."""
 
     relation: Relation
     subject: str
-    subject_start: int
     value: str
     value_start: int
 
@@ -44,8 +43,7 @@ def write_paragraph(topic: Topic, rng: random.Random) -> tuple[str, list[Fact]]:
     for subject, relation in pairs:
         value = draw(relation.values, rng, taken)
         before, _, after = rng.choice(relation.statements).format(s=subject, v="\n").partition("\n")
-        start = len(text) + len(topic.article)
-        facts.append(Fact(relation, subject, start, value, start + len(before)))
+        facts.append(Fact(relation, subject, value, len(text) + len(topic.article) + len(before)))
         text += f"{topic.article.capitalize()}{before}{value}{after}. "
     return text.rstrip(), facts
 
