@@ -14,7 +14,7 @@ CONFIG_NAME = "oto_config.json"
 
 TARGET_UNITS = ("params", "macs", "groups")
 STRUCTURES = ("heads", "neurons")
-SALIENCIES = ("fisher", "taylor", "magnitude")
+SALIENCIES = ("fisher", "taylor", "magnitude", "random")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class OTOConfig:
             Number of selections, P, over which the removed share ramps up.
         saliency (`str`, *optional*, defaults to `"fisher"`):
             Score of a group, to be divided by its cost: `"fisher"`, the running mean of the squared derivative by the
-            group's mask; `"taylor"`, that of its absolute value; `"magnitude"`, the group's squared norm.
+            group's mask; `"taylor"`, that of its absolute value; `"magnitude"`, the group's squared norm;
+            `"random"`, drawn anew at every selection from the run's seed. The last three are there to compare with.
         saliency_decay (`float`, *optional*, defaults to 0.98):
             Decay per optimizer step of the running mean, in [0, 1).
         epsilon (`float`, *optional*, defaults to 0.0):
@@ -56,6 +57,13 @@ class OTOConfig:
             FFN neurons that every block keeps at least.
         round_to (`int`, *optional*, defaults to 8):
             The kept FFN width of every block is a multiple of this; 1 rounds nothing.
+        distillation_weight (`float`, *optional*, defaults to 0.9):
+            Weight w in [0, 1] of what is learnt from a teacher: the loss is (1 − w)·(own loss) + w·(divergence from
+            the teacher's outputs). This one and the next two are unused without a teacher.
+        distillation_temperature (`float`, *optional*, defaults to 2.0):
+            Temperature T > 0 that softens both models' distributions.
+        hidden_state_weight (`float`, *optional*, defaults to 0.0):
+            Weight of the mean squared difference from the teacher's hidden states, added to the loss.
 
     Raises:
         `ValueError`, `TypeError`: A setting breaks its rule; the message names the argument, the rule and the value.
@@ -75,6 +83,9 @@ class OTOConfig:
     min_heads: int = 1
     min_neurons: int = 8
     round_to: int = 8
+    distillation_weight: float = 0.9
+    distillation_temperature: float = 2.0
+    hidden_state_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.structures, str):
@@ -93,6 +104,11 @@ class OTOConfig:
         _check_real("epsilon", self.epsilon, 0.0, 1.0)
         _check_real("pruning_end_ratio", self.pruning_end_ratio, 0.0, 1.0, closed=True)
         _check_real("lmbda", self.lmbda, 0.0, math.inf)
+        _check_real("distillation_weight", self.distillation_weight, 0.0, 1.0, closed=True)
+        _check_real("distillation_temperature", self.distillation_temperature, 0.0, math.inf)
+        if self.distillation_temperature == 0:
+            raise ValueError("`distillation_temperature` must be above 0, got 0: it divides the logits.")
+        _check_real("hidden_state_weight", self.hidden_state_weight, 0.0, math.inf)
         if self.target_sparsity is not None and self.warmup_ratio >= self.pruning_end_ratio:
             raise ValueError(
                 f"`warmup_ratio` must be below `pruning_end_ratio`, got {self.warmup_ratio} and "

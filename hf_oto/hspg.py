@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from . import budget
 from .config import OTOConfig
 from .groups import Partition
-from .parts import Part, local, parts_of, sum_over_shards
+from .parts import Part, from_first_rank, local, parts_of, sum_over_shards
 from .saliency import mask_derivatives, saliency_of, update_saliency
 from .schedule import Schedule
 
@@ -269,7 +269,18 @@ class HSPG(Optimizer):
 
     @property
     def _gathers_gradients(self) -> bool:
-        return bool(self.config.target_sparsity) and self.config.saliency != "magnitude"
+        return bool(self.config.target_sparsity) and self.config.saliency not in ("magnitude", "random")
+
+    def _saliency(self, step: int, cost_G: Tensor) -> Tensor:
+        """Every group's score, not yet divided by its cost."""
+        gathered_G = self._first_group[_SALIENCY]
+        if self.config.saliency == "magnitude":
+            return self._squared_norms()
+        if self.config.saliency == "random":  # per cost it is the same draw for heads and neurons
+            generator = torch.Generator().manual_seed(torch.initial_seed() + step)
+            drawn_G = from_first_rank(torch.rand(cost_G.numel(), generator=generator).to(gathered_G.device))
+            return drawn_G * cost_G.to(drawn_G.device)
+        return gathered_G
 
     def _remember(self) -> None:
         """Move the running mean by what was observed since the last step."""
@@ -327,16 +338,16 @@ class HSPG(Optimizer):
     def _select(self, step: int) -> None:
         """Make the groups of the lowest saliency per cost redundant, for what the period has to remove."""
         status_G = self._first_group[_STATUS]
-        saliency_G = self._squared_norms() if self.config.saliency == "magnitude" else self._first_group[_SALIENCY]
+        counts = torch.tensor([array.count for array in self._arrays])
+        costs = torch.tensor([self._cost(array.kind, self.config.target_unit) for array in self._arrays])
+        limits = torch.tensor([budget.floor_and_multiple(array.kind, self.config) for array in self._arrays])
+        cost_G, alive_G = costs.repeat_interleave(counts), status_G.cpu() == KEPT
+        saliency_G = self._saliency(step, cost_G)
         if not bool(saliency_G.isfinite().all()):
             raise FloatingPointError(
                 f"The saliency is not finite at step {step}: gradients or weights are NaN or infinite. Lower the "
                 f"learning rate and go on from the last checkpoint."
             )
-        counts = torch.tensor([array.count for array in self._arrays])
-        costs = torch.tensor([self._cost(array.kind, self.config.target_unit) for array in self._arrays])
-        limits = torch.tensor([budget.floor_and_multiple(array.kind, self.config) for array in self._arrays])
-        cost_G, alive_G = costs.repeat_interleave(counts), status_G.cpu() == KEPT
         total = budget.dense_cost(self.partition, self.config)
         removed = total - int(cost_G[alive_G].sum())
         chosen_G = budget.select_groups(

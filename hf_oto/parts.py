@@ -127,3 +127,10 @@ def sum_over_shards(sums: Tensor, parameters: Iterable[Tensor]) -> None:
         raise ValueError("The weights of zero-invariant groups must be sharded alike: over the same mesh dimension.")
     for mesh, axis in layouts.pop():
         dist.all_reduce(sums, group=mesh.get_group(axis))
+
+
+def from_first_rank(drawn: Tensor) -> Tensor:
+    """What the first rank drew, on every rank."""
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(drawn, src=0)
+    return drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import shutil
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -19,6 +21,7 @@ from transformers.utils import logging
 
 from . import budget
 from .config import OTOConfig
+from .distillation import IGNORED, hidden_states_loss, load_teacher, logits_loss
 from .groups import partition
 from .hspg import HSPG
 from .surgery import check_compressible, compress
@@ -41,10 +44,15 @@ class OTOTrainer(Trainer):
 
     Args:
         oto_config ([`OTOConfig`], *optional*):
-            The settings of the compression; all defaults if `None`. Everything else is as in [`Trainer`].
+            The settings of the compression; all defaults if `None`.
+        teacher ([`PreTrainedModel`] or `str`, *optional*):
+            A model of the same task, or its folder or Hub id, that the one in training learns from beside the labels:
+            the dense model of an ordinary fine-tuning, or a larger one. It is set to evaluation mode and moved to the
+            device of the training; it is no part of the model and saved nowhere. Everything else is as in
+            [`Trainer`].
 
     Raises:
-        `ValueError`: The model is not supported, the target cannot be reached from it, or another setting rules
+        `ValueError`: The model or the teacher is not supported, the target cannot be reached, or another setting rules
             compression out. A schedule that does not fit in the run raises when training starts, before its first
             step.
 
@@ -63,6 +71,7 @@ class OTOTrainer(Trainer):
         args: TrainingArguments | None = None,
         *others: Any,
         oto_config: OTOConfig | None = None,
+        teacher: PreTrainedModel | str | None = None,
         **kwargs: Any,
     ) -> None:
         self.oto_config = OTOConfig() if oto_config is None else oto_config
@@ -71,6 +80,7 @@ class OTOTrainer(Trainer):
         # Before Trainer makes `output_dir`.
         if model is not None:
             _check_model(model, self.oto_config)
+            teacher = self._checked_teacher(teacher, model)
         optim = str(getattr(args, "optim", "")).rpartition(".")[2].lower()
         if any(name in optim for name in _REFUSED_OPTIMIZERS):
             raise ValueError(
@@ -82,6 +92,9 @@ class OTOTrainer(Trainer):
         self._accumulating = False
         super().__init__(model, args, *others, **kwargs)
         self._check_supported()
+        if model is None:
+            teacher = self._checked_teacher(teacher, self.model)
+        self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
 
     # Before the first step.
 
@@ -93,6 +106,11 @@ class OTOTrainer(Trainer):
             raise ValueError("`fsdp` is not supported by OTOTrainer. HSPG itself runs under `fully_shard`.")
         if self.args.n_gpu > 1:
             raise ValueError("DataParallel is not supported by OTOTrainer. Launch one process per GPU.")
+
+    def _checked_teacher(self, teacher: PreTrainedModel | str | None, model: Any) -> PreTrainedModel | None:
+        if teacher is None:
+            return None
+        return load_teacher(teacher, model, hidden_states=self.oto_config.hidden_state_weight > 0)
 
     @property
     def _output_dir(self) -> str:
@@ -133,6 +151,49 @@ class OTOTrainer(Trainer):
         return _hspg_in(self.optimizer)
 
     # Training.
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.get("labels")  # label smoothing takes them out
+        states = {"output_hidden_states": True} if self.oto_config.hidden_state_weight else {}
+        loss, outputs = super().compute_loss(model, {**inputs, **states}, True, num_items_in_batch)
+        known = inspect.signature(self.teacher.forward).parameters
+        asked = {name: value for name, value in inputs.items() if name in known and name not in self.label_names}
+        with torch.no_grad(), self.accelerator.autocast():
+            expected = self.teacher(**asked, **states)
+        distilled = self._distillation_loss(outputs, expected, inputs, labels)
+        if num_items_in_batch is not None and labels is not None:
+            # Trainer's sum over this micro-step's items counts as a share of the items of all; a mean has to as well.
+            distilled = distilled * labels.ne(IGNORED).sum() / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                distilled = distilled * self.accelerator.num_processes
+        loss = (1 - self.oto_config.distillation_weight) * loss + distilled
+        return (loss, outputs) if return_outputs else loss
+
+    def _distillation_loss(
+        self, outputs: dict[str, Any], expected: dict[str, Any], inputs: dict[str, Any], labels: Tensor | None
+    ) -> Tensor:
+        """Mean over the micro-step's items, weighted."""
+        config = self.oto_config
+        mask = inputs["attention_mask"] if "attention_mask" in inputs else torch.ones_like(inputs["input_ids"])
+        loss = config.distillation_weight * logits_loss(
+            outputs,
+            expected,
+            temperature=config.distillation_temperature,
+            problem_type=getattr(self._plain_model().config, "problem_type", None),
+            counted_BL=mask.bool() if labels is None or labels.shape != mask.shape else labels != IGNORED,
+        )
+        if config.hidden_state_weight:
+            states = hidden_states_loss(outputs["hidden_states"], expected["hidden_states"], mask)
+            loss = loss + config.hidden_state_weight * states
+        return loss
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -49,7 +49,7 @@ VALID = st.builds(
         ("min_heads", -1, "`min_heads` must be at least 0, got -1."),
         ("min_neurons", -1, "`min_neurons` must be at least 0, got -1."),
         ("target_unit", "flops", "`target_unit` must be one of params, macs, groups, got 'flops'."),
-        ("saliency", "random", "`saliency` must be one of fisher, taylor, magnitude, got 'random'."),
+        ("saliency", "hessian", "`saliency` must be one of fisher, taylor, magnitude, random, got 'hessian'."),
         ("structures", ["layers"], "`structures` must be one of heads, neurons, got 'layers'."),
         ("structures", [], "`structures` must name each structure once and at least one, got ()."),
         ("structures", ["heads"] * 2, "`structures` must name each structure once and at least one, got ('heads', "),

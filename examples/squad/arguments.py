@@ -92,6 +92,7 @@ class DataArguments:
 
 # HfArgumentParser reads neither a tuple nor a number that may be the word "none".
 _AS_TEXT, _AS_LIST = "target_sparsity", "structures"
+_NO_SETTINGS = ("compress", "teacher_name_or_path")
 
 
 def _compression_field(setting: dataclasses.Field) -> tuple[str, Any, dataclasses.Field]:
@@ -109,6 +110,11 @@ _CompressionFields = dataclasses.make_dataclass(
     "_CompressionFields",
     [
         ("compress", bool, field(default=False, metadata={"help": "Prune while training, and save the small model."})),
+        (
+            "teacher_name_or_path",
+            str | None,
+            field(default=None, metadata={"help": "Fine-tuned model to learn from."}),
+        ),
         *(_compression_field(setting) for setting in dataclasses.fields(OTOConfig)),
     ],
 )
@@ -123,14 +129,15 @@ class CompressionArguments(_CompressionFields):
 
     def oto_config(self) -> OTOConfig | None:
         """The settings, or `None` for a dense run. Raises `ValueError` if there are settings for a dense run."""
-        settings = {name: value for name, value in vars(self).items() if name != "compress"}
+        settings = {name: value for name, value in vars(self).items() if name not in _NO_SETTINGS}
         text = settings[_AS_TEXT]
         settings[_AS_TEXT] = None if text is None or str(text).lower() == "none" else _number(_AS_TEXT, text)
         config = OTOConfig.from_dict(settings)
         if self.compress:
             return config
         default = OTOConfig().to_dict()
-        if given := [name for name, value in config.to_dict().items() if value != default[name]]:
+        given = [name for name, value in config.to_dict().items() if value != default[name]]
+        if given := given + ["teacher_name_or_path"] * (self.teacher_name_or_path is not None):
             raise ValueError(
                 f"{', '.join(f'`--{name}`' for name in given)} set up the compression: give `--compress` too. "
                 "(The learning rate's warm-up is `--warmup_steps`, a share of all steps if below 1.)"

@@ -6,15 +6,11 @@ and once with `--compress`, with as many steps, and scores the pruned checkpoint
 """
 
 import argparse
-import json
 import math
 import os
-import shlex
 import shutil
 import statistics
 import string
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,7 +19,7 @@ from typing import Any
 
 import torch
 from outputs import write_json
-from rich.console import Console
+from processes import console, run_squad
 from rich.table import Table
 from scratch import make_model
 from synthetic import make_squad
@@ -40,8 +36,6 @@ BATCH_SIZE = 32
 VOCABULARY = 2400  # enough for every word, and the pieces that it was put together from
 QUESTIONS = 4  # of a paragraph
 CACHE = "cache"
-
-console = Console()
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -105,37 +99,15 @@ def make_config(tokenizer: BertTokenizer) -> BertConfig:
     )
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """That of the trainings: no network, caches in a folder, and memory that goes back and forth less often."""
-    return {
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        "OMP_WAIT_POLICY": "PASSIVE",  # a thread that spins while it waits makes a busy machine many times slower
-        "MALLOC_TRIM_THRESHOLD_": "4000000000",
-        "MALLOC_MMAP_THRESHOLD_": "33554432",
-        **os.environ,
-        "HF_HOME": str(folder),
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "HF_EVALUATE_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-
-
-def run_squad(folder: Path, output: str, *options: str) -> dict[str, Any]:
-    """Run `run_squad.py` in a process of its own and return its numbers. Raises `CalledProcessError` if it fails."""
-    command = [sys.executable, str(HERE / "run_squad.py"), "--output_dir", output, *options]
-    console.print(f"$ {shlex.join(command)}", style="bold", highlight=False, soft_wrap=True)
-    subprocess.run(command, cwd=folder, env=environment(folder / CACHE), check=True)
-    return json.loads((folder / output / "all_results.json").read_text(encoding="utf-8"))
-
-
 def train_options(arguments: argparse.Namespace) -> list[str]:
     """What both trainings have in common."""
-    options = f"""--model_name_or_path model --train_file train.json --validation_file dev.json
-        --do_train --do_eval --max_steps {arguments.steps} --per_device_train_batch_size {BATCH_SIZE}
-        --learning_rate 1e-3 --warmup_steps 0.1 --seed {arguments.seed} --save_strategy no --logging_steps 100"""
-    return [*options.split(), *common_options()]
+    options = "--model_name_or_path model --train_file train.json --validation_file dev.json --do_train --do_eval"
+    return [*options.split(), "--seed", str(arguments.seed), *step_options(arguments.steps), *common_options()]
+
+
+def step_options(steps: int) -> list[str]:
+    return f"""--max_steps {steps} --per_device_train_batch_size {BATCH_SIZE} --learning_rate 1e-3 --warmup_steps 0.1
+        --save_strategy no --logging_steps 0.1""".split()
 
 
 def common_options() -> list[str]:
@@ -213,11 +185,12 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
     with new_folder(options.output_dir) as folder:
         make_inputs(folder, options)
         console.print(f"All commands run in what becomes {options.output_dir}.")
-        scores = {"dense": run_squad(folder, "dense", *train_options(options))}
-        run_squad(folder, "pruned", *train_options(options), "--compress", "--target_sparsity", "0.5")
+        where = {"folder": folder, "cache": folder / CACHE}
+        scores = {"dense": run_squad(Path("dense"), *train_options(options), **where)}
+        run_squad(Path("pruned"), *train_options(options), "--compress", "--target_sparsity", "0.5", **where)
         # A process that did not train it, as a user would load it.
         reload = ["--model_name_or_path", "pruned", "--validation_file", "dev.json", "--do_eval", *common_options()]
-        scores["pruned"] = run_squad(folder, "pruned-reloaded", *reload)
+        scores["pruned"] = run_squad(Path("pruned-reloaded"), *reload, **where)
         rows = measure({name: folder / name for name in scores}, scores)
         write_json(folder / "results.json", rows)
         shutil.rmtree(folder / CACHE)

@@ -141,7 +141,7 @@ def trainer_class(compression: CompressionArguments) -> tuple[type[Trainer], dic
     class QuestionAnsweringOTOTrainer(QuestionAnsweringMixin, OTOTrainer):
         """[`OTOTrainer`] that scores answers."""
 
-    return QuestionAnsweringOTOTrainer, {"oto_config": config}
+    return QuestionAnsweringOTOTrainer, {"oto_config": config, "teacher": compression.teacher_name_or_path}
 
 
 def size(model: PreTrainedModel, sequence_length: int) -> dict[str, Any]:

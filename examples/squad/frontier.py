@@ -1,0 +1,341 @@
+#!/usr/bin/env python
+"""How much F1 each way of making a model small keeps, at each size: every method, target and seed in one command.
+
+Every run is one `run_squad.py` of the same steps, in a process of its own; its numbers become a line of `runs.jsonl`.
+A command that was stopped goes on where it was. Options that are not listed here go to `run_squad.py`: the model, the
+files, the learning rate. Without `--train_file` or `--dataset_name` it runs on the made-up questions of the demo.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from arguments import parse_arguments
+from demo import common_options, make_inputs, step_options
+from processes import console, run_squad
+from rich.table import Table
+from run_squad import load_model
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_oto import HSPG, OTOConfig, compress, partition
+from hf_oto.architectures import BLOCK_SPECS
+
+OUTPUT_DIR = Path(__file__).resolve().parents[2] / "build" / "frontier"
+RUNS = "runs.jsonl"
+TARGETS = (0.3, 0.5, 0.7, 0.85, 0.95)
+DENSE = "dense"
+# What each method is. Those of the second group can learn from the dense model of the same seed.
+METHODS = {
+    DENSE: "plain fine-tuning",
+    "hspg": "HSPG with a target",
+    "magnitude": "groups of the least norm, at the same steps",
+    "random": "random groups, at the same steps",
+    "published": "HSPG as published: the penalty decides",
+    "one-shot": "groups of the least norm, cut after training",
+    "layers": "the first blocks only, fine-tuned",
+}
+DISTILLED = {f"{name}+teacher": f"{METHODS[name]}, with a teacher" for name in ("hspg", "magnitude", "layers")}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, or one cut. The dense run has no target."""
+
+    method: str
+    seed: int
+    target: float | None = None
+
+    def __str__(self) -> str:
+        return "-".join(str(part) for part in (self.method, self.target, self.seed) if part is not None)
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    known = [*METHODS, *DISTILLED]
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="methods:\n" + "\n".join(f"  {name:18} {text}" for name, text in {**METHODS, **DISTILLED}.items()),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output_dir", type=Path, default=OUTPUT_DIR, help="Lines, pictures and dense models.")
+    parser.add_argument("--methods", nargs="+", default=known, choices=known, metavar="METHOD", help="All, or some.")
+    parser.add_argument("--targets", nargs="+", type=float, default=list(TARGETS), help="Shares to be removed.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Of the trainings.")
+    parser.add_argument("--steps", type=int, default=1200, help="Of each training on made-up questions.")
+    parser.add_argument("--eval_paragraphs", type=int, default=250, help="Of the made-up questions.")
+    parser.add_argument("--keep_models", action="store_true", help="Keep the pruned models as well.")
+    return parser.parse_known_args(arguments)
+
+
+def plan(methods: Iterable[str], targets: Iterable[float], seeds: Iterable[int]) -> list[Run]:
+    """The runs, seed by seed, the dense one first: it is the measure, the teacher, and what is cut in one shot."""
+    runs = []
+    for seed in seeds:
+        runs.append(Run(DENSE, seed))
+        runs += [Run(method, seed, target) for target in targets for method in methods if method != DENSE]
+    return runs
+
+
+class Frontier:
+    """
+    Runs what is missing in a folder.
+
+    Args:
+        folder (`Path`): Where the lines are, and the dense model of every seed.
+        options (`list[str]`): Of `run_squad.py`, the same for every run of a seed.
+        seed_options (`dict[int, list[str]]`): Those that differ from seed to seed.
+
+    Raises:
+        `ValueError`: The folder holds lines of other options.
+    """
+
+    def __init__(self, folder: Path, options: list[str], seed_options: dict[int, list[str]]) -> None:
+        self.folder = folder
+        self.options = options
+        self.seed_options = seed_options
+        for line in read_lines(folder):
+            if line["options"] != options:
+                raise ValueError(
+                    f"`output_dir` {folder} holds runs of other options ({line['options']}). Choose another folder."
+                )
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """One line of numbers: that of the folder, or else a new one, which is added to it."""
+        for line in read_lines(self.folder):
+            if line["run"] == str(run):
+                return line
+        results = self._one_shot(run) if run.method == "one-shot" else self._train(run)
+        line = {"run": str(run), **asdict(run), **numbers(results), "options": self.options}
+        with open(self.folder / RUNS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        return line
+
+    def _train(self, run: Run) -> dict[str, Any]:
+        method, _, taught = run.method.partition("+")
+        options = [
+            "--logging_steps",
+            "0.1",
+            *self.options,
+            *self.seed_options[run.seed],
+            "--seed",
+            str(run.seed),
+            "--do_train",
+            "--do_eval",
+        ]
+        if method in ("hspg", "magnitude", "random"):
+            options += ["--compress", "--target_sparsity", str(run.target)]
+            options += ["--saliency", method] if method != "hspg" else []
+        elif method == "published":
+            options += ["--compress", "--target_sparsity", "none", "--lmbda", str(self._lmbda(run, options))]
+        elif method == "layers":
+            options += ["--model_name_or_path", str(self._with_first_blocks(run, options))]
+            options += ["--compress", "--target_sparsity", "0"] if taught else []
+        if taught:
+            options += ["--teacher_name_or_path", str(self._dense(run.seed))]
+        return run_squad(self.folder / str(run), *options, "--overwrite_output_dir")
+
+    def _dense(self, seed: int) -> Path:
+        return self.folder / str(Run(DENSE, seed))
+
+    def _one_shot(self, run: Run) -> dict[str, Any]:
+        """Cut the dense model, and score it as it is."""
+        target = self.folder / f"{run}-cut"
+        model = AutoModelForQuestionAnswering.from_pretrained(self._dense(run.seed))
+        cut_by_norm(model, run.target or 0.0).save_pretrained(target)
+        AutoTokenizer.from_pretrained(self._dense(run.seed)).save_pretrained(target)
+        options = [*self.options, *self.seed_options[run.seed], "--model_name_or_path", str(target), "--do_eval"]
+        try:
+            return run_squad(self.folder / str(run), *options, "--overwrite_output_dir")
+        finally:
+            shutil.rmtree(target)
+
+    def _start(self, options: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """What the runs start from."""
+        return load_model(parse_arguments([*options, "--output_dir", str(self.folder)])[0])
+
+    def _with_first_blocks(self, run: Run, options: list[str]) -> Path:
+        """The model to start from, without its last blocks (Sajjad et al., 2020, arXiv:2004.03844), as many as fit."""
+        model, tokenizer = self._start(options)
+        blocks = model.base_model.get_submodule(BLOCK_SPECS[model.config.model_type].blocks)
+        del blocks[max(1, round(len(blocks) * (1 - (run.target or 0.0)))) :]
+        model.config.num_hidden_layers = len(blocks)
+        folder = self.folder / f"{run}-start"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    def _lmbda(self, run: Run, options: list[str]) -> float:
+        """
+        The λ that would zero the target's share of weights if the penalty were all that moved them.
+
+        Every step takes αλ from a group's norm, so λ = ‖x_g‖ / Σα for the largest group that has to go. The gradient
+        pulls as well, so that another share comes out, which is the method's weakness: the line says which.
+        """
+        state = json.loads((self._dense(run.seed) / "trainer_state.json").read_text(encoding="utf-8"))
+        rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
+        norm_G, cost_G = norms_and_costs(self._start(options)[0])
+        order_G = norm_G.argsort()
+        goes_G = cost_G[order_G].cumsum(0) <= (run.target or 0.0) * cost_G.sum()
+        return float(norm_G[order_G][goes_G][-1]) / (statistics.mean(rates) * state["global_step"])
+
+
+def norms_and_costs(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """‖x_g‖ of all groups of a model, and the number of weights in each. Shapes: [G], [G]."""
+    parameters = dict(model.named_parameters())
+    norms, costs = [], []
+    for array in partition(model).arrays:
+        parts = [parameters[name].detach().movedim(dim, 0).reshape(array.count, -1) for name, dim in array.members]
+        weights = torch.cat(parts, dim=1)
+        norms.append(weights.norm(dim=1))
+        costs.append(torch.full((array.count,), weights.shape[1]))
+    return torch.cat(norms), torch.cat(costs)
+
+
+def cut_by_norm(model: PreTrainedModel, target: float) -> PreTrainedModel:
+    """The model without its groups of the least norm per weight: one step of HSPG that moves nothing else."""
+    config = OTOConfig(
+        target_sparsity=target, saliency="magnitude", warmup_ratio=0, pruning_end_ratio=1, pruning_periods=1
+    )
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    HSPG(torch.optim.SGD(model.named_parameters(), lr=0.0), partition(model), config, total_steps=1).step()
+    return compress(model)
+
+
+def numbers(results: dict[str, Any]) -> dict[str, Any]:
+    """What a line says of a run."""
+    names = ("eval_f1", "eval_exact_match", "encoder_parameters", "macs", "parameters", "train_runtime")
+    return {name.removeprefix("eval_"): results.get(name) for name in names}
+
+
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    path = folder / RUNS
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def retained(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every pruned run's F1, size and MACs as shares of the dense run's of its seed."""
+    dense = {line["seed"]: line for line in lines if line["method"] == DENSE}
+    shares = {"retained": "f1", "kept": "encoder_parameters", "macs_kept": "macs"}
+    return [
+        {**line, **{share: line[name] / dense[line["seed"]][name] for share, name in shares.items()}}
+        for line in lines
+        if line["method"] != DENSE and line["seed"] in dense
+    ]
+
+
+def by_method(lines: list[dict[str, Any]]) -> dict[str, dict[float, list[dict[str, Any]]]]:
+    """The lines of each method, target by target."""
+    found: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for line in sorted(lines, key=lambda line: line["target"]):
+        found[line["method"]][line["target"]].append(line)
+    return {name: found[name] for name in [*METHODS, *DISTILLED] if name in found}
+
+
+def mean(lines: list[dict[str, Any]], name: str) -> float:
+    return statistics.mean(line[name] for line in lines)
+
+
+def spread(lines: list[dict[str, Any]]) -> float:
+    """Half the distance between the best and the worst seed."""
+    values = [line["retained"] for line in lines]
+    return (max(values) - min(values)) / 2
+
+
+def result_table(lines: list[dict[str, Any]]) -> Table:
+    table = Table(title="F1 kept of the dense run's, mean and half the range over seeds")
+    for column in ("method", "target", "seeds", "weights", "MACs", "F1", "F1 kept"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for method, targets in by_method(retained(lines)).items():
+        for target, found in targets.items():
+            table.add_row(
+                method,
+                f"{target:.0%}",
+                str(len(found)),
+                f"{mean(found, 'kept'):.1%}",
+                f"{mean(found, 'macs_kept'):.1%}",
+                f"{mean(found, 'f1'):.2f}",
+                f"{mean(found, 'retained'):.1%} ± {spread(found):.1%}",
+            )
+    return table
+
+
+def plot(lines: list[dict[str, Any]], path: Path) -> None:
+    """F1 kept against kept encoder weights, and against MACs; the bars reach from the worst seed to the best."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import PercentFormatter
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    for panel, (name, label) in zip(
+        panels, {"kept": "encoder weights kept", "macs_kept": "MACs kept"}.items(), strict=True
+    ):
+        panel.axhline(1, color="0.6", linewidth=1, linestyle=":")
+        for number, (method, targets) in enumerate(by_method(retained(lines)).items()):
+            groups = list(targets.values())
+            panel.errorbar(
+                [mean(found, name) for found in groups],
+                [mean(found, "retained") for found in groups],
+                yerr=[spread(found) for found in groups],
+                label=method,
+                color=f"C{list(METHODS).index(method.partition('+')[0])}",
+                linestyle="--" if "+" in method else "-",
+                marker="osD^vPX*<>"[number],
+                capsize=2,
+            )
+        panel.set_xlabel(label)
+        panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("F1 kept")
+    panels[1].legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def made_up(folder: Path, options: argparse.Namespace) -> tuple[list[str], dict[int, list[str]]]:
+    """Questions and a model for every seed, and how to train on them."""
+    seed_options = {}
+    for seed in options.seeds:
+        data = folder / f"questions-{seed}"
+        if not (data / "model" / "model.safetensors").is_file():  # written last
+            data.mkdir(parents=True, exist_ok=True)
+            make_inputs(data, argparse.Namespace(**{**vars(options), "seed": seed}))
+        names = {"model_name_or_path": "model", "train_file": "train.json", "validation_file": "dev.json"}
+        seed_options[seed] = [part for name, path in names.items() for part in (f"--{name}", str(data / path))]
+    return [*step_options(options.steps), *common_options()], seed_options
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    """Run what is missing, and return all lines of the folder."""
+    options, passed_on = parse(arguments)
+    folder = options.output_dir.resolve()
+    seed_options: dict[int, list[str]] = {seed: [] for seed in options.seeds}
+    if not any(part.startswith(("--train_file", "--dataset_name")) for part in passed_on):
+        common, seed_options = made_up(folder, options)
+        passed_on = [*common, *passed_on]
+    frontier = Frontier(folder, passed_on, seed_options)
+    folder.mkdir(parents=True, exist_ok=True)
+    for run in plan(options.methods, options.targets, options.seeds):
+        frontier.run(run)
+        if run.method != DENSE and not options.keep_models:
+            for path in (folder / str(run), folder / f"{run}-start"):
+                shutil.rmtree(path, ignore_errors=True)
+    lines = read_lines(folder)
+    if retained(lines):
+        plot(lines, folder / "frontier.png")
+        console.print(result_table(lines))
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Runs `run_squad.py` in a process of its own, as a user would."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+SCRIPT = Path(__file__).resolve().parent / "run_squad.py"
+
+console = Console()
+
+
+def environment(cache: Path | None = None) -> dict[str, str]:
+    """
+    That of a training: memory that goes back and forth less often, and threads that sleep while they wait.
+
+    Args:
+        cache (`Path`, *optional*): Where the libraries keep what they make. With it, no network is used.
+    """
+    found = {
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "OMP_WAIT_POLICY": "PASSIVE",  # a thread that spins while it waits makes a busy machine many times slower
+        "MALLOC_TRIM_THRESHOLD_": "4000000000",
+        "MALLOC_MMAP_THRESHOLD_": "33554432",
+        **os.environ,
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if cache is not None:
+        found |= {
+            "HF_HOME": str(cache),
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "HF_EVALUATE_OFFLINE": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+    return found
+
+
+def run_squad(output: Path, *options: str, folder: Path | None = None, cache: Path | None = None) -> dict[str, Any]:
+    """
+    Run `run_squad.py`, and return its numbers.
+
+    Args:
+        output (`Path`): What becomes its `--output_dir`.
+        options (`str`): All its other arguments.
+        folder (`Path`, *optional*): Where it runs: what `output` and the options' paths are relative to.
+        cache (`Path`, *optional*): As of [`environment`].
+
+    Raises:
+        `CalledProcessError`: It fails.
+    """
+    command = [sys.executable, str(SCRIPT), "--output_dir", str(output), *options]
+    console.print(f"$ {shlex.join(command)}", style="bold", highlight=False, soft_wrap=True)
+    subprocess.run(command, cwd=folder, env=environment(cache), check=True)
+    results = Path(folder or ".", output, "all_results.json")
+    return json.loads(results.read_text(encoding="utf-8"))
