@@ -80,7 +80,7 @@ class OTOTrainer(Trainer):
         # Before Trainer makes `output_dir`.
         if model is not None:
             _check_model(model, self.oto_config)
-            teacher = self._checked_teacher(teacher, model)
+            teacher = self._load_teacher(teacher, model)
         optim = str(getattr(args, "optim", "")).rpartition(".")[2].lower()
         if any(name in optim for name in _REFUSED_OPTIMIZERS):
             raise ValueError(
@@ -92,9 +92,8 @@ class OTOTrainer(Trainer):
         self._accumulating = False
         super().__init__(model, args, *others, **kwargs)
         self._check_supported()
-        if model is None:
-            teacher = self._checked_teacher(teacher, self.model)
-        self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
+        loaded = self._load_teacher(teacher, self.model)
+        self.teacher = None if loaded is None else cast(nn.Module, loaded).to(self.args.device).eval()
 
     # Before the first step.
 
@@ -107,7 +106,7 @@ class OTOTrainer(Trainer):
         if self.args.n_gpu > 1:
             raise ValueError("DataParallel is not supported by OTOTrainer. Launch one process per GPU.")
 
-    def _checked_teacher(self, teacher: PreTrainedModel | str | None, model: Any) -> PreTrainedModel | None:
+    def _load_teacher(self, teacher: PreTrainedModel | str | None, model: Any) -> PreTrainedModel | None:
         if teacher is None:
             return None
         return load_teacher(teacher, model, hidden_states=self.oto_config.hidden_state_weight > 0)
