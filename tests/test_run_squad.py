@@ -196,10 +196,12 @@ def test_what_cannot_work_is_refused_before_anything_is_written(work, tmp_path, 
     tokenizer = wordpiece()
     tokenizer.add_tokens(["Atlantis"])
     tokenizer.save_pretrained(tmp_path / "larger")
+    BertForQuestionAnswering(BertConfig(vocab_size=151, **SIZES)).save_pretrained(tmp_path / "larger")
     for arguments, message in (
         (("--compress", "--target_sparsity", "0.99"), "`target_sparsity`=0.99 .* cannot be reached"),
         (("--target_sparsity", "0.3"), "`--target_sparsity` set up the compression: give `--compress` too"),
         (("--tokenizer_name", str(tmp_path / "larger")), "tokenizer has 151 entries, the model's vocabulary 150"),
+        (("--compress", "--teacher_name_or_path", str(tmp_path / "larger")), "`teacher` has `vocab_size`=151"),
     ):
         with pytest.raises(ValueError, match=message):
             run(work, tmp_path / "out", "--do_train", "--max_steps", "20", *arguments, train="train")

@@ -460,6 +460,9 @@ OTHERS = {
     "min_heads": 2,
     "min_neurons": 16,
     "round_to": 4,
+    "distillation_weight": 0.5,
+    "distillation_temperature": 4.0,
+    "hidden_state_weight": 0.1,
 }
 
 
@@ -476,7 +479,7 @@ def test_every_setting_of_the_compression_is_an_argument():
     assert [name for name in names if getattr(OTOConfig(), name) != OTHERS[name]] == names  # none is left out here
     compression = parse_arguments([*TRAIN, "--compress"])[2]
     assert compression.oto_config() == OTOConfig()
-    assert {*vars(compression)} == {*names, "compress"}
+    assert {*vars(compression)} == {*names, "compress", "teacher_name_or_path"}
     compression = parse_arguments([*TRAIN, "--compress", *command_line(OTHERS)])[2]
     assert compression.oto_config() == OTOConfig(**OTHERS)
     assert parse_arguments(TRAIN)[2].oto_config() is None
@@ -487,6 +490,8 @@ def test_settings_without_compress_are_refused(name):
     given = command_line({name: OTHERS[name]})
     with pytest.raises(ValueError, match=f"^`--{name}` set up the compression: give `--compress` too"):
         parse_arguments([*TRAIN, *given])
+    with pytest.raises(ValueError, match=f"^`--{name}`, `--teacher_name_or_path` set up the compression"):
+        parse_arguments([*TRAIN, *given, "--teacher_name_or_path", "t"])
 
 
 def test_the_target_may_be_none():
