@@ -33,7 +33,7 @@ def load_teacher(teacher: PreTrainedModel | str, student: PreTrainedModel, *, hi
             of another size.
         `TypeError`: It is no Transformers model.
     """
-    task = _task(student)
+    task = task_of(student)
     if isinstance(teacher, str):
         loader = getattr(transformers, f"AutoModel{task}", None)
         if loader is None:
@@ -45,7 +45,7 @@ def load_teacher(teacher: PreTrainedModel | str, student: PreTrainedModel, *, hi
         raise ValueError(f"`teacher` is not supported for {type(student).__name__}: its outputs are of several kinds.")
     if teacher is student:
         raise ValueError("`teacher` must be another model than the one in training. Pass a copy of it.")
-    if _task(teacher) != task:
+    if task_of(teacher) != task:
         raise ValueError(
             f"`teacher` must have the head of the model in training, got {type(teacher).__name__} for "
             f"{type(student).__name__}."
@@ -59,7 +59,7 @@ def load_teacher(teacher: PreTrainedModel | str, student: PreTrainedModel, *, hi
     return teacher
 
 
-def _task(model: PreTrainedModel) -> str:
+def task_of(model: PreTrainedModel) -> str:
     """The end of the class's name that names its head: "ForQuestionAnswering"; nothing for a base model."""
     _, found, head = type(model).__name__.partition("For")
     return found + head

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,6 +189,54 @@ def summarize(model_or_partition: PreTrainedModel | Partition, *, sequence_lengt
         dense_macs=total_cost(groups, all_heads, all_neurons, "macs", sequence_length),
         **sizes,
     )
+
+
+def card_section(
+    summary: Summary,
+    *,
+    repo_id: str,
+    auto_class: str,
+    picture: str | None = None,
+    scores: Mapping[str, float] | None = None,
+    dense_scores: Mapping[str, float] | None = None,
+) -> str:
+    """
+    What a model card says of the compression: what was removed, what is left of every layer, how to load it.
+
+    Args:
+        summary ([`Summary`]): Of the model.
+        repo_id (`str`): Where it is loaded from.
+        auto_class (`str`): The Auto class of its task.
+        picture (`str`, *optional*): A file beside the card, drawn by [`~Summary.plot`].
+        scores, dense_scores (`Mapping[str, float]`, *optional*):
+            Metrics of the model, and those of the dense one to be put beside them, by name.
+
+    Returns:
+        `str`: Markdown.
+    """
+    beside = {name: value for name, value in (scores or {}).items() if name in (dense_scores or {})}
+    rows = [f"| {name} | {(dense_scores or {})[name]:.4g} | {value:.4g} |" for name, value in beside.items()]
+    table = "\n".join(["| | dense | this model |", "| --- | --- | --- |", *rows]) + "\n\n" if rows else ""
+    image = f"![Heads and neurons that every layer kept]({picture})\n\n" if picture else ""
+    return f"""## Compression
+
+While it was fine-tuned, whole attention heads and feed-forward neurons were removed by
+[Only Train Once](https://arxiv.org/abs/2107.07467): {1 - summary.prunable_ratio:.1%} of the weights that they own, and
+{1 - summary.macs_ratio:.1%} of their multiply-accumulates. No mask is left, and nothing has to be fine-tuned again.
+
+{table}{image}{summary}
+
+## How to load it
+
+```python
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)
+```
+
+With `import hf_oto` before it, `trust_remote_code` is not needed.
+
+"""
 
 
 def total_cost(groups: Partition, heads: int, neurons: int, unit: str, sequence_length: int) -> int:

@@ -6,27 +6,32 @@ import inspect
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import ModelCard, upload_folder
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_utils import SaveStrategy
-from transformers.utils import logging
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
+from transformers.utils import PushInProgress, logging
 
 from . import budget
 from .config import OTOConfig
-from .distillation import IGNORED, hidden_states_loss, load_teacher, logits_loss
+from .distillation import IGNORED, hidden_states_loss, load_teacher, logits_loss, task_of
 from .groups import partition
 from .hspg import HSPG
+from .report import card_section, summarize
 from .surgery import check_compressible, compress
 
 logger = logging.get_logger(__name__)
+
+# What `output_dir` holds beside the model: upstream leaves the same out of its pushes.
+_NOT_THE_MODEL = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*")
 
 # These step during backward, or keep weights or states that are no longer laid out as the model's weights.
 _REFUSED_OPTIMIZERS = ("lomo", "layerwise", "galore", "apollo", "schedule_free")
@@ -267,6 +272,7 @@ class OTOTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             return
         if self.args.should_save:
+            self._finish_current_push()  # which may still read the files that are about to change
             with _replacing(Path(output_dir or self._output_dir)) as folder:
                 full, self.model = self.model, self.compressed_model()
                 try:
@@ -275,6 +281,72 @@ class OTOTrainer(Trainer):
                     self.model = full
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    # The Hub.
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push the small model of this step with its code, and the checkpoint where the strategy asks for it."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if not (self.args.hub_always_push or self.push_in_progress is None or self.push_in_progress.is_done()):
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._saving_checkpoint = False  # it is written
+        self.save_model(_internal_call=True)
+        step = f"step {self.state.global_step}"
+        jobs = [self._upload(self._output_dir, f"Training in progress, {step}", _NOT_THE_MODEL)]
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            place = "last-checkpoint" if last else Path(checkpoint_folder).name
+            jobs.append(self._upload(checkpoint_folder, f"Checkpoint of {step}", path_in_repo=place))
+        pushes: Any = PushInProgress(cast(Any, jobs))
+        self.push_in_progress = pushes
+
+    def _upload(self, folder: str, message: str, ignored: Sequence[str] = (), path_in_repo: str | None = None) -> Any:
+        return upload_folder(
+            repo_id=cast(str, self.hub_model_id),
+            folder_path=folder,
+            path_in_repo=path_in_repo,
+            commit_message=message,
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+            ignore_patterns=list(ignored),
+            run_as_future=True,
+        )
+
+    def create_model_card(self, *args: Any, dense_metrics: Mapping[str, float] | None = None, **kwargs: Any) -> None:
+        """
+        As [`Trainer.create_model_card`], with what was removed, what every layer kept and how to load the model.
+
+        Args:
+            dense_metrics (`Mapping[str, float]`, *optional*):
+                Metrics of the dense model, to be put beside those of the last evaluation that have the same names
+                (`{"eval_f1": 88.5}`). [`~Trainer.push_to_hub`] passes it on.
+        """
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        path = Path(self._output_dir, "README.md")
+        summary = summarize(self._plain_model(), sequence_length=self.oto_config.macs_sequence_length)
+        picture: str | None = "layers.png"
+        try:
+            summary.plot(path.with_name("layers.png"))
+        except ImportError:
+            picture = None
+        logged = [entry for entry in self.state.log_history if any(name.startswith("eval_") for name in entry)]
+        section = card_section(
+            summary,
+            repo_id=self.hub_model_id or self._output_dir,
+            auto_class=f"AutoModel{task_of(self._plain_model())}",
+            picture=picture,
+            scores=logged[-1] if logged else None,
+            dense_scores=dense_metrics,
+        )
+        card = ModelCard.load(path)
+        draft, heading, rest = card.text.partition("## Model description")
+        card.text = draft + section + heading + rest
+        card.data.tags = sorted({*(card.data.tags or []), "hf-oto", "pruned"})
+        card.save(path)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
