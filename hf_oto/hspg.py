@@ -36,7 +36,10 @@ KEPT, REDUNDANT, ZERO = 0, 1, 2
 
 # These move every weight by its own gradient and state alone, so they do the same where the zeros are gone. Others,
 # such as Adafactor, average over rows and columns. A subclass may do anything.
-_ELEMENTWISE = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+_ELEMENTWISE = (
+    *(torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam, torch.optim.SGD),
+    *(torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.ASGD, torch.optim.RMSprop, torch.optim.Rprop),
+)
 
 # Copying what is left costs about a step; under torch.compile every new shape is compiled, and torch gives up after 8.
 _SHRINK_SHARE = 0.1
@@ -251,7 +254,7 @@ class HSPG(Optimizer):
     def unshrinkable(self) -> str | None:
         """Why zero groups cannot be cut out while training goes on, `None` if they can."""
         base = type(self.base_optimizer)
-        if base not in [getattr(torch.optim, name) for name in _ELEMENTWISE]:
+        if base not in _ELEMENTWISE:
             return f"a step of {base.__name__} may depend on how many weights a matrix has, zeros included"
         if any(isinstance(parameter, DTensor) for group in self.param_groups for parameter in group["params"]):
             return "its parameters are sharded"
