@@ -4,8 +4,8 @@ from .config import OTOConfig
 from .groups import partition
 from .hspg import HSPG
 from .report import summarize
-from .surgery import compress
+from .surgery import compress, shrink
 from .trainer import OTOTrainer
 
-__all__ = ["HSPG", "OTOConfig", "OTOTrainer", "compress", "partition", "summarize"]
+__all__ = ["HSPG", "OTOConfig", "OTOTrainer", "compress", "partition", "shrink", "summarize"]
 __version__ = "0.1.0"

@@ -57,6 +57,12 @@ class OTOConfig:
             FFN neurons that every block keeps at least.
         round_to (`int`, *optional*, defaults to 8):
             The kept FFN width of every block is a multiple of this; 1 rounds nothing.
+        shrink_during_training (`bool`, *optional*, defaults to `False`):
+            Cut groups that are zero for good out of the model while training goes on, so that later steps are faster.
+            The mathematics stays the same, so results differ by rounding (and where dropout draws other random
+            numbers). [`OTOTrainer`] does it at the end of pruning periods; in a loop of your own see
+            [`~hf_oto.shrink`]. It needs a target and a base optimizer that moves every weight by itself; what cannot
+            be shrunk is trained in full size, and a warning says so.
         distillation_weight (`float`, *optional*, defaults to 0.9):
             Weight w in [0, 1] of what is learnt from a teacher: the loss is (1 − w)·(own loss) + w·(divergence from
             the teacher's outputs). This one and the next two are unused without a teacher.
@@ -83,6 +89,7 @@ class OTOConfig:
     min_heads: int = 1
     min_neurons: int = 8
     round_to: int = 8
+    shrink_during_training: bool = False
     distillation_weight: float = 0.9
     distillation_temperature: float = 2.0
     hidden_state_weight: float = 0.0
@@ -119,6 +126,8 @@ class OTOConfig:
         _check_integer("min_heads", self.min_heads, 0)
         _check_integer("min_neurons", self.min_neurons, 0)
         _check_integer("round_to", self.round_to, 1)
+        if not isinstance(self.shrink_during_training, bool):
+            raise TypeError(f"`shrink_during_training` must be True or False, got {self.shrink_during_training!r}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""

@@ -17,21 +17,32 @@ Shapes: `G` all groups of the chosen structures, `A` the groups acted on, `P` po
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from . import budget
 from .config import OTOConfig
-from .groups import Partition
+from .groups import GroupArray, Partition
 from .parts import Part, from_first_rank, local, parts_of, sum_over_shards
 from .saliency import mask_derivatives, saliency_of, update_saliency
 from .schedule import Schedule
 
 KEPT, REDUNDANT, ZERO = 0, 1, 2
+
+# These move every weight by its own gradient and state alone, so they do the same where the zeros are gone. Others,
+# such as Adafactor, average over rows and columns. A subclass may do anything.
+_ELEMENTWISE = (
+    *(torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam, torch.optim.SGD),
+    *(torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.ASGD, torch.optim.RMSprop, torch.optim.Rprop),
+)
+
+# Copying what is left costs about a step; under torch.compile every new shape is compiled, and torch gives up after 8.
+_SHRINK_SHARE = 0.1
 
 # What HSPG keeps in the first parameter group, from where `state_dict` and distributed checkpoints take it.
 _STEP, _SETTINGS, _SALIENCY, _STATUS = "hspg_step", "hspg_settings", "hspg_saliency", "hspg_status"
@@ -95,7 +106,7 @@ class HSPG(Optimizer):
         self.config = config
         self.schedule = Schedule.from_config(config, total_steps)
         budget.check_target(partition, config)
-        self._arrays = [array for array in partition.arrays if array.kind in config.structures and array.count]
+        self._arrays = self._present(partition)
         self._check_names()
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self._share()
@@ -116,6 +127,9 @@ class HSPG(Optimizer):
         self._gathered: Tensor | None = None  # derivatives of the gradients gathered so far in this step
         self._acting: list[Part] | None = None  # parts of the groups that the penalty acts on
         self._frozen: list[Part] | None = None  # parts of the groups that are zero
+
+    def _present(self, partition: Partition) -> list[GroupArray]:
+        return [array for array in partition.arrays if array.kind in self.config.structures and array.count]
 
     @property
     def _first_group(self) -> dict[str, Any]:
@@ -167,14 +181,20 @@ class HSPG(Optimizer):
                 "weights instead of resuming it."
             )
         mine, others = json.loads(self._first_group[_SETTINGS]), json.loads(saved[_SETTINGS])
+        others.setdefault("shrink_during_training", False)  # states written before there was the setting
         if changed := sorted(name for name in mine.keys() | others.keys() if mine.get(name) != others.get(name)):
             listed = ", ".join(f"{name}: {others.get(name)} saved, {mine.get(name)} now" for name in changed)
             raise ValueError(
                 f"`state_dict` is of a run with other settings ({listed}). Resume with those it began with."
             )
+        if _STATUS in saved and saved[_STATUS].numel() != self._num_groups:
+            raise ValueError(
+                f"`state_dict` is of a model with {saved[_STATUS].numel()} groups left, this one has "
+                f"{self._num_groups}. Call `shrink` with `like`, the config saved with that model, before loading."
+            )
         self.base_optimizer.load_state_dict(state_dict)
         self._share()
-        device = local(self._first_group["params"][0]).device
+        device = next(local(parameter).device for group in self.param_groups for parameter in group["params"])
         for name in (_SALIENCY, _STATUS):
             if name in self._first_group:
                 self._first_group[name] = self._first_group[name].to(device)
@@ -199,7 +219,10 @@ class HSPG(Optimizer):
         )
 
     def zero_masks(self) -> dict[tuple[int, str], Tensor]:
-        """Which groups are zero for good: (layer, kind) -> bool `[G]`, on the CPU. Empty before the first step."""
+        """
+        Which of the groups that the model has now are zero for good: (layer, kind) -> bool `[G]`, on the CPU. Empty
+        before the first step.
+        """
         if _STATUS not in self._first_group:
             return {}
         zero = (self._first_group[_STATUS] == ZERO).cpu().split([array.count for array in self._arrays])
@@ -224,6 +247,76 @@ class HSPG(Optimizer):
 
     def _cost(self, kind: str, unit: str) -> int:
         return budget.group_cost(self.partition, kind, unit, self.config.macs_sequence_length)
+
+    # Shrinking.
+
+    @property
+    def unshrinkable(self) -> str | None:
+        """Why zero groups cannot be cut out while training goes on, `None` if they can."""
+        base = type(self.base_optimizer)
+        if base not in _ELEMENTWISE:
+            return f"a step of {base.__name__} may depend on how many weights a matrix has, zeros included"
+        if any(isinstance(parameter, DTensor) for group in self.param_groups for parameter in group["params"]):
+            return "its parameters are sharded"
+        if self.config.saliency == "random":
+            return "random groups would be drawn from those that are left"
+        return None
+
+    @property
+    def shrink_due(self) -> bool:
+        """
+        Whether it pays to cut the zero groups out now, before the next step ([`~hf_oto.shrink`]): a pruning period
+        has just ended, and a tenth or more of the multiply-accumulates that the blocks have left are of zero groups;
+        at the end of the last period any that are. Never without a target.
+        """
+        ends = self.schedule.boundaries[1:]
+        if self.steps_done not in ends or self.unshrinkable is not None:
+            return False
+        total = sum(array.count * self._cost(array.kind, "macs") for array in self.partition.arrays)
+        gone = sum(int(mask.sum()) * self._cost(kind, "macs") for (_, kind), mask in self.zero_masks().items())
+        return gone >= _SHRINK_SHARE * total if self.steps_done < ends[-1] else gone > 0
+
+    def shrink(
+        self,
+        partition: Partition,
+        kept: Sequence[Tensor],
+        cuts: Mapping[Tensor, tuple[Tensor | None, int, Tensor]],
+    ) -> None:
+        """
+        Go on with the parameters that a cut has left. [`~hf_oto.shrink`] cuts the model and calls this.
+
+        Args:
+            partition ([`~hf_oto.groups.Partition`]):
+                The groups of the cut model.
+            kept (`Sequence[Tensor]`):
+                For every array of the groups so far, which were kept: bool `[G]`.
+            cuts (`Mapping[Tensor, tuple[Tensor | None, int, Tensor]]`):
+                For every parameter that was cut: its successor (`None` where nothing is left), the dim along which it
+                was cut, and the indices kept.
+        """
+        for group in self.param_groups:
+            left = []
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                successor, dim, kept_P = cuts.get(parameter, (parameter, 0, None))
+                if kept_P is not None and (state := self.state.pop(parameter, None)) and successor is not None:
+                    self.state[successor] = {
+                        key: value.index_select(dim, kept_P)
+                        if isinstance(value, Tensor) and value.shape == parameter.shape
+                        else value
+                        for key, value in state.items()
+                    }
+                if successor is not None:
+                    left.append((name, successor))
+            group["param_names"] = [name for name, _ in left]
+            group["params"] = [parameter for _, parameter in left]
+        present = zip(self.partition.arrays, kept, strict=True)
+        keep_G = torch.cat([keep for array, keep in present if array in self._arrays])
+        for name in (_SALIENCY, _STATUS):
+            if name in self._first_group:
+                values_G = self._first_group[name]
+                self._first_group[name] = values_G[keep_G.to(values_G.device)]
+        self.partition, self._arrays = partition, self._present(partition)
+        self._share()
 
     # Saliency.
 

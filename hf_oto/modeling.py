@@ -158,7 +158,8 @@ class PrunedModel(PreTrainedModel):
         blocks = self.base_model.get_submodule(spec.blocks)
         for layer, (heads, neurons) in enumerate(counts):
             block = blocks.get_submodule(str(layer))
-            _resize(block, spec, config, heads, neurons)
+            resize_heads(block, spec, config, heads)
+            resize_neurons(block, spec, config, neurons)
         super().post_init()
 
     @classmethod
@@ -197,29 +198,34 @@ class PrunedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
 
-def _resize(block: nn.Module, spec: BlockSpec, config: Any, heads: int, neurons: int) -> None:
-    """Give one dense block its number of heads and neurons."""
+def resize_heads(block: nn.Module, spec: BlockSpec, config: Any, heads: int) -> None:
+    """Give one dense block its number of heads."""
     hidden_size, attention = config.hidden_size, block.get_submodule(spec.attention)
     if heads:
         width = heads * config.head_dim
         for path in (spec.query, spec.key, spec.value):
-            _replace(block, path, nn.Linear(hidden_size, width))
-        _replace(block, spec.attention_out, nn.Linear(width, hidden_size))
+            replace_module(block, path, nn.Linear(hidden_size, width))
+        replace_module(block, spec.attention_out, nn.Linear(width, hidden_size))
         setattr(attention, spec.heads_field, heads)
         if hasattr(attention, "all_head_size"):
             attention.all_head_size = width
     else:
-        _replace(block, spec.attention, _HEADLESS[type(attention)](config))
-        _replace(block, spec.attention_out, BiasOnly(hidden_size))
+        replace_module(block, spec.attention, _HEADLESS[type(attention)](config))
+        replace_module(block, spec.attention_out, BiasOnly(hidden_size))
+
+
+def resize_neurons(block: nn.Module, spec: BlockSpec, config: Any, neurons: int) -> None:
+    """Give one dense block its number of neurons."""
+    hidden_size = config.hidden_size
     if neurons:
-        _replace(block, spec.neurons_in, nn.Linear(hidden_size, neurons))
-        _replace(block, spec.neurons_out, nn.Linear(neurons, hidden_size))
+        replace_module(block, spec.neurons_in, nn.Linear(hidden_size, neurons))
+        replace_module(block, spec.neurons_out, nn.Linear(neurons, hidden_size))
     else:
-        _replace(block, spec.neurons_in, nn.Identity())
-        _replace(block, spec.neurons_out, BiasOnly(hidden_size))
+        replace_module(block, spec.neurons_in, nn.Identity())
+        replace_module(block, spec.neurons_out, BiasOnly(hidden_size))
 
 
-def _replace(block: nn.Module, path: str, module: nn.Module) -> None:
+def replace_module(block: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(block.get_submodule(parent), name, module)
 

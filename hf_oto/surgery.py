@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .architectures import BLOCK_SPECS, dense_model_type
 from .groups import Partition, partition, zero_groups
-from .modeling import CONFIGS, pruned_heads
+from .modeling import CONFIGS, BiasOnly, layer_counts, pruned_heads, replace_module, resize_heads, resize_neurons
+
+# What became of a parameter in a cut: its smaller successor (None where nothing is left), the dim, and what was kept.
+Cut = tuple[nn.Parameter | None, int, Tensor]
 
 
 def compress(
@@ -49,6 +52,148 @@ def compress(
     cut.train(model.training)
     _compare(model, cut, _example(model) if example_inputs is None else example_inputs, atol)
     return cut
+
+
+class Shrinking(Protocol):
+    """What [`shrink`] asks of an optimizer. [`HSPG`] has it."""
+
+    partition: Partition
+
+    @property
+    def unshrinkable(self) -> str | None: ...
+
+    def zero_masks(self) -> dict[tuple[int, str], Tensor]: ...
+
+    def shrink(self, partition: Partition, kept: Sequence[Tensor], cuts: Mapping[Tensor, Cut]) -> None: ...
+
+
+@torch.no_grad()
+def shrink(model: PreTrainedModel, optimizer: Shrinking, *, like: PreTrainedConfig | None = None) -> None:
+    """
+    Cut the groups that are zero for good out of a model in training, in place, and out of its optimizer.
+
+    Zero groups have zero gradients and stay zero, so training goes on as it would have, by smaller matrices: up to
+    rounding, and but for the random numbers of dropout. The model object and its modules stay; it becomes of the
+    pruned class, so that `save_pretrained` writes what `from_pretrained` loads. Parameters that are cut are new
+    objects, in the optimizer as well, without a gradient: call it after a step and before the next `backward`, on
+    every rank, and wrap the model in DistributedDataParallel anew.
+
+    Args:
+        model ([`PreTrainedModel`]):
+            The model that `optimizer` trains, not wrapped.
+        optimizer ([`HSPG`]):
+            Knows which groups are zero, and whether cutting them out pays now: [`~HSPG.shrink_due`].
+        like ([`PreTrainedConfig`], *optional*):
+            To resume a run that had been shrunk: the config saved with its weights. As many groups are cut as it
+            lacks, the last ones, whatever they hold; weights and optimizer state are to be loaded afterwards.
+
+    Raises:
+        `ValueError`: The optimizer cannot be shrunk or is of another model, a group to be cut is not zero, or `like`
+            has more groups than the model. Nothing is cut.
+
+    Example:
+
+    ```python
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if optimizer.shrink_due:
+        shrink(model, optimizer)
+    ```
+    """
+    if optimizer.unshrinkable is not None:
+        raise ValueError(f"`optimizer` cannot be shrunk: {optimizer.unshrinkable}.")
+    groups = partition(model)
+    if optimizer.partition != groups:
+        raise ValueError("`optimizer` is of a model with other groups than `model`. Pass the two that train together.")
+    kept = _not_zero(model, groups, optimizer.zero_masks()) if like is None else _as_many(groups, like)
+    if all(bool(keep.all()) for keep in kept):
+        return
+    heads, neurons = ([int(keep.sum()) for keep in kept[offset::2]] for offset in (0, 1))
+    config = pruned_config(model.config, heads, neurons)
+    pruned_class = _pruned_class(model, config)
+    cuts = _cut_in_place(model, config, groups, kept)
+    model.__class__ = pruned_class
+    for module in model.modules():
+        if "config" in vars(module):
+            vars(module)["config"] = config
+    optimizer.shrink(partition(model), kept, cuts)
+
+
+def _not_zero(model: PreTrainedModel, groups: Partition, zero: Mapping[tuple[int, str], Tensor]) -> list[Tensor]:
+    """Array by array the groups that an optimizer has not set to zero."""
+    parameters = dict(model.named_parameters())
+    kept = []
+    for array in groups.arrays:
+        gone = zero.get((array.layer, array.kind), torch.zeros(array.count, dtype=torch.bool))
+        if not bool(zero_groups(array, parameters).cpu()[gone].all()):
+            raise ValueError(
+                f"`model` has {array.kind} in layer {array.layer} that are not zero, as `optimizer` left them. Shrink "
+                f"after a step, before the weights are changed."
+            )
+        kept.append(~gone)
+    return kept
+
+
+def _as_many(groups: Partition, config: PreTrainedConfig) -> list[Tensor]:
+    """Array by array the first groups, as many as a config has."""
+    if dense_model_type(config.model_type) != groups.model_type:
+        raise ValueError(f"`like` is of type {config.model_type!r}, `model` of {groups.model_type!r}.")
+    counts = [count for block in block_counts(config) for count in block]
+    if len(counts) != len(groups.arrays) or any(
+        count > array.count for count, array in zip(counts, groups.arrays, strict=True)
+    ):
+        raise ValueError(
+            f"`like` has {counts} heads and neurons, block by block, where `model` has "
+            f"{[array.count for array in groups.arrays]}: nothing that is gone can be put back. Make the model anew."
+        )
+    return [torch.arange(array.count) < count for count, array in zip(counts, groups.arrays, strict=True)]
+
+
+def block_counts(config: Any) -> list[tuple[int, int]]:
+    """Heads and neurons of every block that the config of a dense or a pruned model gives."""
+    if isinstance(config, CONFIGS):
+        return layer_counts(config)
+    spec = BLOCK_SPECS[dense_model_type(config.model_type)]
+    return [(getattr(config, spec.heads_field), getattr(config, spec.width_field))] * config.num_hidden_layers
+
+
+def _cut_in_place(
+    model: PreTrainedModel, config: PreTrainedConfig, groups: Partition, kept: Sequence[Tensor]
+) -> dict[Tensor, Cut]:
+    """Put smaller parameters into a model's own modules. Gives what became of those that were there."""
+    spec = BLOCK_SPECS[groups.model_type]
+    parameters = dict(model.named_parameters())
+    blocks = model.base_model.get_submodule(spec.blocks)
+    for array, keep in zip(groups.arrays, kept, strict=True):
+        if bool(keep.all()):
+            continue
+        block = blocks.get_submodule(str(array.layer))
+        modules = dict(block.named_modules())
+        with torch.device("meta"):  # no memory, no random numbers
+            (resize_heads if array.kind == "heads" else resize_neurons)(block, spec, config, int(keep.sum()))
+        for path, made in list(block.named_modules()):
+            old: Any = modules[path]
+            if made is old:
+                continue
+            made.training = old.training
+            if isinstance(made, nn.Linear):  # the module stays, for whoever holds it
+                old.out_features, old.in_features = made.out_features, made.in_features
+                replace_module(block, path, old)
+            elif isinstance(made, BiasOnly):
+                made.bias = old.bias
+    cuts: dict[Tensor, Cut] = {}
+    for name, (dim, entries) in _indices(groups, kept).items():
+        source = parameters[name]
+        if len(entries) == source.shape[dim]:
+            continue
+        entries = entries.to(source.device)
+        cut = None
+        if len(entries):
+            cut = nn.Parameter(source.detach().index_select(dim, entries), requires_grad=source.requires_grad)
+            _set(model, name, cut)
+        cuts[source] = cut, dim, entries
+    return cuts
 
 
 def check_compressible(model: PreTrainedModel) -> None:
@@ -100,6 +245,15 @@ def pruned_config(config: PreTrainedConfig, heads: Sequence[int], neurons: Seque
 
 def _empty_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """A pruned model with the task of `model`, on the meta device: no memory, no random numbers."""
+    cls = _pruned_class(model, config)
+    # A base model that is a part of another model may have no pooler.
+    options = {"add_pooling_layer": False} if getattr(model, "pooler", model) is None else {}
+    with torch.device("meta"):
+        return cls(config, **options)
+
+
+def _pruned_class(model: PreTrainedModel, config: PreTrainedConfig) -> Any:
+    """The pruned class with the task of `model`."""
     classes = {cls.__name__: cls for _, cls in pruned_heads(type(config))}
     name = type(model).__name__
     cls = classes.get(name) or classes.get(f"OTO{name}")
@@ -108,10 +262,7 @@ def _empty_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrained
             f"`model` is a {name}, which is no class of Transformers' own with a pruned counterpart. Those of its "
             f"family are {', '.join(name.removeprefix('OTO') for name in classes)}."
         )
-    # A base model that is a part of another model may have no pooler.
-    options = {"add_pooling_layer": False} if getattr(model, "pooler", model) is None else {}
-    with torch.device("meta"):
-        return cls(config, **options)
+    return cls
 
 
 def _indices(groups: Partition, kept: Sequence[Tensor]) -> dict[str, tuple[int, Tensor]]:

@@ -15,10 +15,10 @@ import torch
 from huggingface_hub import ModelCard, upload_folder
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
-from transformers.utils import PushInProgress, logging
+from transformers.utils import CONFIG_NAME, PushInProgress, logging
 
 from . import budget
 from .config import OTOConfig
@@ -26,7 +26,7 @@ from .distillation import IGNORED, hidden_states_loss, load_teacher, logits_loss
 from .groups import partition
 from .hspg import HSPG
 from .report import card_section, summarize
-from .surgery import check_compressible, compress
+from .surgery import block_counts, check_compressible, compress, shrink
 
 logger = logging.get_logger(__name__)
 
@@ -42,10 +42,11 @@ class OTOTrainer(Trainer):
     [`Trainer`], with one more argument: it drives attention heads and FFN neurons to zero while it trains, and saves a
     model without them.
 
-    The optimizer of [`TrainingArguments`] keeps its meaning; [`HSPG`] wraps it. `checkpoint-N` folders hold the
-    full-size model and all that resuming needs. [`~OTOTrainer.save_model`], a push to the Hub and the end of training
-    write the small model, which `from_pretrained` loads. `load_best_model_at_end` considers only evaluations at the
-    target: before it, a model scores better because it is larger.
+    The optimizer of [`TrainingArguments`] keeps its meaning; [`HSPG`] wraps it. `checkpoint-N` folders hold the model
+    in training and all that resuming needs; it is full-size, unless `shrink_during_training` has cut it since.
+    [`~OTOTrainer.save_model`], a push to the Hub and the end of training write the small model, which
+    `from_pretrained` loads. `load_best_model_at_end` considers only evaluations at the target: before it, a model
+    scores better because it is larger.
 
     Args:
         oto_config ([`OTOConfig`], *optional*):
@@ -95,6 +96,7 @@ class OTOTrainer(Trainer):
         self._total_steps: int | None = None
         self._saving_checkpoint = False
         self._accumulating = False
+        self._waiting_checkpoint: str | None = None
         super().__init__(model, args, *others, **kwargs)
         self._check_supported()
         loaded = self._load_teacher(teacher, self.model)
@@ -134,8 +136,12 @@ class OTOTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         optimizer = super().create_optimizer(*([] if model is None else [model]))
-        if _hspg_in(optimizer) is not None:  # of an earlier call
-            return optimizer
+        if _hspg_in(optimizer) is None:
+            self._wrap_optimizer(optimizer)
+        self._load_waiting_checkpoint()
+        return cast(Optimizer, self.optimizer)
+
+    def _wrap_optimizer(self, optimizer: Optimizer) -> None:
         if self._total_steps is None:
             raise ValueError(
                 "OTOTrainer needs the number of training steps to make its optimizer: call `train`, or "
@@ -147,7 +153,16 @@ class OTOTrainer(Trainer):
         for group in optimizer.param_groups:
             group["param_names"] = [names[parameter] for parameter in group["params"]]
         self.optimizer = HSPG(optimizer, partition(plain), self.oto_config, self._total_steps)
-        return self.optimizer
+        if self.oto_config.shrink_during_training and (reason := self._unshrinkable):
+            logger.warning(f"The model is trained in full size, `shrink_during_training` does nothing: {reason}.")
+
+    @property
+    def _unshrinkable(self) -> str | None:
+        if self.oto_config.target_sparsity is None:
+            return "`target_sparsity`=None has no pruning periods"
+        if self.args.world_size > 1:
+            return "DistributedDataParallel goes by the weights that it was given"
+        return None if self.hspg is None else self.hspg.unshrinkable
 
     @property
     def hspg(self) -> HSPG | None:
@@ -217,6 +232,13 @@ class OTOTrainer(Trainer):
         self._accumulating = not synced and self.args.world_size == 1
         return loss
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # After a step, and before anything is saved: what is saved at the target is then all of one size.
+        shrinks = self.oto_config.shrink_during_training and self._unshrinkable is None
+        if shrinks and self.hspg is not None and self.hspg.shrink_due:
+            shrink(self._plain_model(), self.hspg)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.hspg is not None:
             stage: Any = self.hspg.stage
@@ -234,6 +256,28 @@ class OTOTrainer(Trainer):
         if self.args.save_strategy != SaveStrategy.NO and not self.state.is_hyper_param_search:
             self.save_model(_internal_call=True)
         return output
+
+    # Resuming.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the weights now, or, if they are of a model that had been shrunk, when the optimizer can follow."""
+        counts = _saved_counts(resume_from_checkpoint)
+        if counts is None or counts == _counts(self._plain_model()):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif not self.oto_config.shrink_during_training:
+            raise ValueError(
+                f"{resume_from_checkpoint} has {counts} (heads, neurons) in its blocks, `model` "
+                f"{_counts(self._plain_model())}. Resume with the model that the run began with, and with "
+                f"`shrink_during_training=True` if it had that."
+            )
+        else:
+            self._waiting_checkpoint = resume_from_checkpoint
+
+    def _load_waiting_checkpoint(self) -> None:
+        checkpoint, self._waiting_checkpoint = self._waiting_checkpoint, None
+        if checkpoint is not None and self.hspg is not None:
+            shrink(self._plain_model(), self.hspg, like=AutoConfig.from_pretrained(checkpoint))
+            super()._load_from_checkpoint(checkpoint)
 
     # Saving.
 
@@ -366,6 +410,19 @@ def _check_model(model: nn.Module, config: OTOConfig) -> None:
             f"`model` has {len(frozen)} frozen parameters in zero-invariant groups ({frozen[0]!r}, …). Train them, or "
             f"leave their kind out of `structures`."
         )
+
+
+def _counts(model: nn.Module) -> list[tuple[int, int]]:
+    """Heads and neurons of every block of a model."""
+    groups = partition(model)
+    return list(zip(groups.counts("heads"), groups.counts("neurons"), strict=True))
+
+
+def _saved_counts(checkpoint: str) -> list[tuple[int, int]] | None:
+    """Heads and neurons of every block of a saved model, `None` where there is no config."""
+    if not (Path(checkpoint) / CONFIG_NAME).is_file():
+        return None
+    return block_counts(AutoConfig.from_pretrained(checkpoint))
 
 
 def _hspg_in(optimizer: Any) -> HSPG | None:

@@ -30,6 +30,7 @@ VALID = st.builds(
     min_heads=st.integers(0, 64),
     min_neurons=st.integers(0, 4096),
     round_to=st.integers(1, 64),
+    shrink_during_training=st.booleans(),
 )
 
 
@@ -79,6 +80,10 @@ def test_bad_value_is_refused(name, value, rule):
             for value in (True, 8.0, "8", None)
         ],
         ("structures", "heads", "`structures` must be a list of names, got the string 'heads'."),
+        *[
+            ("shrink_during_training", x, f"`shrink_during_training` must be True or False, got {x!r}.")
+            for x in (1, "yes", None)
+        ],
     ],
 )
 def test_wrong_type_is_refused(name, value, rule):

@@ -22,7 +22,7 @@ LEVELS = {
 TORCH_ONLY = {"hspg", "saliency", "budget", "schedule", "parts", "groups", "architectures", "config"}
 TRAVELLING = {"modeling", "architectures"}  # copied beside the weights, where no other room is
 UNPICKLERS = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-PUBLIC = {"OTOConfig", "OTOTrainer", "HSPG", "partition", "compress", "summarize"}
+PUBLIC = {"OTOConfig", "OTOTrainer", "HSPG", "partition", "compress", "shrink", "summarize"}
 
 
 def imports(tree: ast.AST) -> tuple[set[str], set[str]]:

@@ -463,6 +463,7 @@ OTHERS = {
     "distillation_weight": 0.5,
     "distillation_temperature": 4.0,
     "hidden_state_weight": 0.1,
+    "shrink_during_training": True,
 }
 
 
