@@ -127,6 +127,7 @@ class HSPG(Optimizer):
         self._gathered: Tensor | None = None  # derivatives of the gradients gathered so far in this step
         self._acting: list[Part] | None = None  # parts of the groups that the penalty acts on
         self._frozen: list[Part] | None = None  # parts of the groups that are zero
+        self._settled = False  # whether they stay zero by themselves
 
     def _present(self, partition: Partition) -> list[GroupArray]:
         return [array for array in partition.arrays if array.kind in self.config.structures and array.count]
@@ -338,7 +339,6 @@ class HSPG(Optimizer):
         if self.stage not in ("warmup", "pruning") or not self._gathers_gradients:
             return
         places = self._places()
-        scratch: dict[tuple[Any, ...], Tensor] = {}
         derivatives = []
         for array in self._arrays:
             parameter, _ = places[array.columns]
@@ -346,10 +346,7 @@ class HSPG(Optimizer):
             if parameter.grad is None:
                 derivatives.append(torch.zeros(array.count, device=columns.device))
                 continue
-            key = (columns.shape, columns.dtype, columns.device)
-            if key not in scratch:
-                scratch[key] = torch.empty_like(columns)
-            derivatives.append(mask_derivatives(columns, local(parameter.grad), array.width, scratch[key]))
+            derivatives.append(mask_derivatives(columns, local(parameter.grad), array.width))
         gathered_G = torch.cat(derivatives) / loss_scale
         sum_over_shards(gathered_G, [places[array.columns][0] for array in self._arrays])
         if not accumulated:
@@ -405,8 +402,7 @@ class HSPG(Optimizer):
         self.base_optimizer.step()
         if acting:
             self._project(acting, before, step)
-        for part in self._frozen_parts():
-            part.clear()
+        self._keep_zero()
         self._first_group[_STEP] = step + 1
         return loss
 
@@ -474,13 +470,21 @@ class HSPG(Optimizer):
             self._acting = [part for _, part in self._parts(groups)]
         return self._acting
 
-    def _frozen_parts(self) -> list[Part]:
-        """What is zero and has to stay so. Without a target the projection itself keeps it."""
-        if self.config.target_sparsity is None:
-            return []
+    def _keep_zero(self) -> None:
+        """
+        What is zero stays zero. Without a target the projection itself sees to it.
+
+        The gradients of a zero group are zero. Once its optimizer state is zero too, a base optimizer that moves every
+        weight by these alone leaves it where it is; after any other it is set to zero at every step.
+        """
+        if self.config.target_sparsity is None or self._settled:
+            return
         if self._frozen is None:
             self._frozen = [part for _, part in self._parts(self._with_status(ZERO))]
-        return self._frozen
+        for part in self._frozen:
+            part.clear()
+            part.clear(self.state)
+        self._settled = type(self.base_optimizer) in _ELEMENTWISE
 
     def _project(self, parts: list[Part], before: list[Tensor], step: int) -> None:
         """Penalty, half-space test and projection, after the base optimizer's step."""
@@ -521,6 +525,7 @@ class HSPG(Optimizer):
             status_G = self._first_group[_STATUS]
             status_G[status_G == REDUNDANT] = ZERO
             self._acting = self._frozen = None
+            self._settled = False
 
     # Groups -> parts of the parameters as they are now.
 

@@ -8,19 +8,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_CACHED = 2**16  # numbers; half a second-level cache of 512 KiB
 
-def mask_derivatives(columns_HC: Tensor, gradient_HC: Tensor, width: int, scratch: Tensor | None = None) -> Tensor:
+
+def mask_derivatives(columns_HC: Tensor, gradient_HC: Tensor, width: int) -> Tensor:
     """
     Derivative of the loss by a mask m_g = 1 on each group's output: ⟨W[:, g], ∂L/∂W[:, g]⟩.
 
     Scaling the output of a structure is scaling the columns that read it, so the columns alone give it exactly.
     Kwon et al. (NeurIPS 2022, arXiv:2204.09656) introduce the masks.
 
-    Shapes: [H, G·D], [H, G·D], D -> float32 [G]. `scratch`, `[H, G·D]`, is overwritten: with it nothing large is
-    allocated.
+    Shapes: [H, G·D], [H, G·D], D -> float32 [G].
     """
-    product_HC = torch.mul(columns_HC, gradient_HC, out=scratch)
-    return product_HC.sum(dim=0, dtype=torch.float32).unflatten(0, (-1, width)).sum(dim=1)
+    # On the CPU products go through memory only once if they fit into the cache until they are summed up.
+    rows = max(1, _CACHED // columns_HC.shape[1]) if columns_HC.is_cpu else columns_HC.shape[0]
+    sum_C = torch.zeros(columns_HC.shape[1], device=columns_HC.device)
+    for columns_RC, gradient_RC in zip(columns_HC.split(rows), gradient_HC.split(rows), strict=True):
+        sum_C += (columns_RC * gradient_RC).sum(dim=0, dtype=torch.float32)
+    return sum_C.unflatten(0, (-1, width)).sum(dim=1)
 
 
 def saliency_of(derivatives_G: Tensor, kind: str) -> Tensor:
