@@ -63,6 +63,10 @@ class PrunedConfig:
             layer_counts(self, value)
         PreTrainedConfig.per_layer_config.fset(self, value)  # type: ignore[attr-defined]
 
+    def to_dict(self) -> dict[str, Any]:
+        # Trainer reads a checkpoint's config as a plain PreTrainedConfig: it knows the number of blocks by this name.
+        return {**super().to_dict(), "num_hidden_layers": self.num_hidden_layers}  # type: ignore[misc, attr-defined]
+
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         # All heads of the family, not only the one being saved: the base model can then be loaded from a task's
         # checkpoint, and a task's model from a base checkpoint, where hf_oto is not installed.

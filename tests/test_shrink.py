@@ -1,7 +1,6 @@
 """Zero groups cut out while training goes on: the same run, by smaller matrices."""
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -15,6 +14,8 @@ from transformers import AutoModelForQuestionAnswering
 
 from hf_oto import HSPG, OTOConfig, OTOTrainer, compress, partition, shrink
 from hf_oto.modeling import BiasOnly, Headless
+
+SLOW = pytest.mark.slow
 
 STEPS = 40  # warm-up 6, pruning 18 in ten periods, recovery 16
 # Deep enough that whole blocks lose all their neurons or heads.
@@ -151,26 +152,21 @@ def test_the_state_goes_with_its_weights():
 
 
 def test_it_is_due_at_the_end_of_periods_that_removed_enough():
+    """A tenth of what the blocks have left at the end of any but the last period."""
     model = tiny_model(ONE_EACH[0])
-    optimizer = optimizer_for(model)
-    ends, total = optimizer.schedule.boundaries[1:], 3 * (4 * 1048 + 24 * 65)
+    optimizer = optimizer_for(model, config={"target_sparsity": 0.5, "min_neurons": 4, "round_to": 4})
+    ends, left, due = optimizer.schedule.boundaries[1:], 1.0, []
     for step in range(STEPS):
         train(model, optimizer, 1, first=step)
-        assert not optimizer.shrink_due or step + 1 in ends
-        zero_now = sum(int(mask.sum()) for mask in optimizer.zero_masks().values())
-        if step + 1 == ends[0]:  # a third of the target in the first period
-            assert optimizer.shrink_due and optimizer.metrics()["removed_macs"] >= 0.1
+        now = 1 - optimizer.metrics()["removed_macs"]
+        worth = now <= 0.9 * left if step + 1 != ends[-1] else now < left
+        assert optimizer.shrink_due == (step + 1 in ends and worth)
+        if optimizer.shrink_due:
             shrink(model, optimizer)
             assert not optimizer.shrink_due
-        elif step + 1 == ends[-1]:
-            assert optimizer.shrink_due and zero_now
-        elif step + 1 == ends[-2]:
-            shrink(model, optimizer)  # so that the last period has little to add
-        elif step + 1 == ends[1]:
-            left = optimizer.metrics()
-            gone = 1 - (left["heads"] * 1048 + left["neurons"] * 65) / total
-            assert gone < optimizer.config.target_sparsity
-    assert not optimizer.shrink_due and optimizer.stage == "recovery"
+            left = now
+            due.append(step + 1)
+    assert 3 <= len(due) < len(ends)
 
 
 def test_little_is_not_worth_a_cut_before_the_end():
@@ -324,21 +320,11 @@ KEPT_FULL = OTOConfig(**DEEP)
 def make(folder, name=ONE_EACH[0], config=SHRINKING, model=None, kind=OTOTrainer, dtype=torch.float32, **options):
     """A trainer without dropout, whose random numbers would depend on the widths."""
     if model is None:
-        zeroed = {"dropout": 0.0, "attention_dropout": 0.0} if "Distil" in name else NO_DROPOUT
+        zeroed = dict.fromkeys(("dropout", "attention_dropout", "qa_dropout"), 0.0) if "Distil" in name else NO_DROPOUT
         model = tiny_model(name, **zeroed).to(dtype)
     extra = {key: options.pop(key) for key in ("callbacks", "optimizers") if key in options}
     data = {"train_dataset": DATA, "eval_dataset": DATA[:8]}
     return kind(model=model, args=arguments(folder, **options), oto_config=config, **data, **extra)
-
-
-def warnings_of(caplog, act):
-    logger = logging.getLogger("hf_oto.trainer")
-    logger.addHandler(caplog.handler)
-    try:
-        act()
-    finally:
-        logger.removeHandler(caplog.handler)
-    return caplog.text
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
@@ -351,7 +337,8 @@ def test_trainer_ends_where_the_unshrunk_run_ends(name, options, tmp_path):
     assert trainer.model is model and counts(model) != [(4, 24)] * 3
     assert counts(full.model) == [(4, 24)] * 3
     for mine, others in zip(trainer.state.log_history[:-1], full.state.log_history[:-1], strict=True):
-        assert mine.keys() == others.keys() and mine == pytest.approx(others, rel=1e-6, abs=0)
+        assert mine.pop("stage", None) == others.pop("stage", None)
+        assert mine == pytest.approx(others, rel=1e-6, abs=0)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(full.evaluate()["eval_loss"], rel=1e-6)
     for one in (full, trainer):
         one.save_model(str(tmp_path / str(one is full)))
@@ -361,13 +348,15 @@ def test_trainer_ends_where_the_unshrunk_run_ends(name, options, tmp_path):
     assert (tmp_path / "False" / "modeling.py").exists()
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
-@pytest.mark.parametrize("options", [{}, {"optim": "sgd", "gradient_accumulation_steps": 2}])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in ONE_EACH), (ONE_EACH[0], {"optim": "sgd", "gradient_accumulation_steps": 2})],
+)
 def test_checkpoints_are_as_small_as_the_model_and_resume_exactly(name, options, tmp_path):
     whole = make(tmp_path, name, save_strategy="steps", save_steps=1, **options)
     whole.train()
     sizes = set()
-    for stop in (3, 5, 9, 14, 20):
+    for stop in (3, 5, 9, 14):
         resumed = make(tmp_path / "resumed", name, **options)
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
         assert resumed.state.global_step == whole.state.global_step
@@ -379,7 +368,7 @@ def test_checkpoints_are_as_small_as_the_model_and_resume_exactly(name, options,
         loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path / f"checkpoint-{stop}")
         assert counts(loaded) == counts(resumed.model) or stop < 14
         sizes.add(sum(parameter.numel() for parameter in loaded.parameters()))
-    assert len(sizes) >= 4
+    assert len(sizes) == 4
 
 
 def test_resuming_in_the_same_trainer_and_with_the_users_own_optimizer(tmp_path):
@@ -443,21 +432,23 @@ def test_the_best_model_is_loaded(tmp_path):
     assert counts(best) == counts(trainer.model) and same_weights(best, trainer.model)
 
 
-@pytest.mark.parametrize("mode", ["bf16", "gradient_checkpointing", "torch_compile"])
+@pytest.mark.parametrize("mode", ["bf16", "gradient_checkpointing", pytest.param("torch_compile", marks=SLOW)])
 def test_ways_to_train(mode, tmp_path):
     options = {mode: True} | ({"torch_compile_backend": "eager"} if mode == "torch_compile" else {})
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    full, trainer = (make(tmp_path, config=config, optim="sgd", **options) for config in (KEPT_FULL, SHRINKING))
-    for one in (full, trainer):
-        one.train()
-    frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert counts(trainer.model) == counts(trainer.compressed_model()) == counts(full.compressed_model())
+    options["optim"] = "sgd"
+    trainer = make(tmp_path, config=OTOConfig(**DEEP, pruning_periods=3, shrink_during_training=True), **options)
+    full = make(tmp_path, config=OTOConfig(**DEEP, pruning_periods=3), optim="sgd", bf16=mode == "bf16")
+    if mode == "torch_compile":
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+    trainer.train()
+    if mode == "torch_compile":  # a graph at the start and one for every shrink, not for every step
+        assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    full.train()
+    small = full.compressed_model()
+    assert counts(trainer.model) == counts(trainer.compressed_model()) == counts(small) != [(4, 24)] * 3
     # bfloat16 rounds at 2⁻⁹: matrices of other sizes are summed up otherwise.
-    assert far(trainer.model, full.compressed_model()) <= (0.02 if mode == "bf16" else 1e-4)
-    # One graph of the full model in either run, and one for every shrink, not for every step.
-    assert frames <= 2 + 7 if mode == "torch_compile" else not frames
-    assert not torch._dynamo.utils.counters["unimplemented"]
+    assert far(trainer.model, small) <= (0.02 if mode == "bf16" else 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -473,9 +464,11 @@ def test_ways_to_train(mode, tmp_path):
 )
 def test_what_cannot_be_shrunk_is_trained_in_full_size_and_says_so(config, options, reason, tmp_path, caplog):
     trainer = make(tmp_path, config=config, **options)
-    text = warnings_of(caplog, trainer.train)
-    assert text.count(f"in full size, `shrink_during_training` does nothing: {reason}") == 1
+    trainer.train()
+    assert caplog.text.count(f"in full size, `shrink_during_training` does nothing: {reason}") == 1
     assert counts(trainer.model) == [(4, 24)] * 3
+    caplog.clear()
     full = make(tmp_path, config=OTOConfig(**config.to_dict() | {"shrink_during_training": False}), **options)
-    assert "full size" not in warnings_of(caplog, full.train).removeprefix(text)
+    full.train()
+    assert "full size" not in caplog.text
     assert same_weights(full.model, trainer.model)
