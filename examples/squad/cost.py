@@ -1,0 +1,241 @@
+#!/usr/bin/env python
+"""What pruning costs beside plain training, as ratios of one run: a dense and a pruned model of random weights take
+turns, step by step, so that both meet the same machine. Above 1 it is dearer than dense training, below 1 cheaper.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from outputs import write_json
+from rich.console import Console
+from rich.table import Table
+from torch.optim import AdamW
+from transformers import BertConfig, BertForQuestionAnswering
+
+from hf_oto import HSPG, OTOConfig, compress, partition, shrink
+
+SIZES = {
+    "tiny": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512},
+    "mini": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+}
+STAGES = ("warmup", "pruning", "selection", "recovery")
+RATES = {"lr": 1e-4, "fused": True}
+
+console = Console()
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="base", help="Of the model.")
+    parser.add_argument("--targets", nargs="+", type=float, default=[0.5, 0.7], help="Shares to be removed.")
+    parser.add_argument("--steps", type=int, default=60, help="Of each training.")
+    parser.add_argument("--batch_size", type=int, default=16, help="Sequences of a step.")
+    parser.add_argument("--length", type=int, default=384, help="Tokens of a sequence.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where it runs.")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="Train under autocast.")
+    parser.add_argument("--output", type=Path, default=Path("build/cost.json"), help="The numbers.")
+    parser.add_argument("--memory_of", choices=("dense", "pruned"), help=argparse.SUPPRESS)  # in a process of its own
+    return parser.parse_args(arguments)
+
+
+def make_model(size: str, device: str) -> BertForQuestionAnswering:
+    torch.manual_seed(0)
+    return BertForQuestionAnswering(BertConfig(**SIZES[size])).to(device).train()
+
+
+def batch(size: int, length: int, device: str) -> dict[str, torch.Tensor]:
+    ids = torch.randint(1000, 30000, (size, length))
+    positions = torch.randint(length, (2, size))
+    return {
+        name: tensor.to(device)
+        for name, tensor in (("input_ids", ids), ("start_positions", positions[0]), ("end_positions", positions[1]))
+    }
+
+
+def seconds(action: Callable[[], Any], device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    action()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def backward(model: BertForQuestionAnswering, inputs: dict[str, torch.Tensor], bf16: bool) -> None:
+    with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=bf16):
+        loss = model(**inputs).loss
+    loss.backward()
+
+
+def stage_of(optimizer: HSPG) -> str:
+    return "selection" if optimizer.schedule.starts_period(optimizer.steps_done) else optimizer.stage
+
+
+def optimizer_steps(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """The optimizer's step over that of the AdamW that it wraps, stage by stage; nothing is shrunk."""
+    models = [make_model(options.size, options.device) for _ in range(2)]
+    base = AdamW(models[0].parameters(), **RATES)
+    inner = AdamW(models[1].named_parameters(), **RATES)
+    pruning = HSPG(inner, partition(models[1]), OTOConfig(target_sparsity=options.targets[0]), options.steps)
+    times = defaultdict(list)
+    for _ in range(options.steps):
+        for model in models:  # short sequences: the step does not depend on them
+            backward(model, batch(2, 16, options.device), options.bf16)
+        stage = stage_of(pruning)
+        times[stage].append((seconds(base.step, options.device), seconds(pruning.step, options.device)))
+        for optimizer in (base, pruning):
+            optimizer.zero_grad()
+    return {
+        stage: {
+            "ratio": statistics.median(ours / theirs for theirs, ours in pairs[1:] or pairs),  # the first allocates
+            "milliseconds": 1000 * statistics.median(ours for _, ours in pairs),
+        }
+        for stage, pairs in times.items()
+    }
+
+
+def whole_runs(options: argparse.Namespace, target: float) -> dict[str, float]:
+    """All of a training that shrinks over all of a dense one, and a step of it before anything was cut."""
+    models = [make_model(options.size, options.device) for _ in range(2)]
+    config = OTOConfig(target_sparsity=target, shrink_during_training=True)
+    base = AdamW(models[0].named_parameters(), **RATES)
+    inner = AdamW(models[1].named_parameters(), **RATES)
+    pruning = HSPG(inner, partition(models[1]), config, options.steps)
+    times = []
+
+    def step(model: BertForQuestionAnswering, optimizer: torch.optim.Optimizer, inputs: dict[str, Any]) -> None:
+        backward(model, inputs, options.bf16)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if isinstance(optimizer, HSPG) and optimizer.shrink_due:
+            shrink(model, optimizer)
+
+    for number in range(options.steps):
+        inputs = batch(options.batch_size, options.length, options.device)
+        warmup = pruning.stage == "warmup"
+        pair = [(models[0], base), (models[1], pruning)]
+        order = (0, 1) if number % 2 else (1, 0)  # the second finds the caches as the first left them
+        measured = {
+            index: seconds(lambda own=pair[index], given=inputs: step(*own, given), options.device) for index in order
+        }
+        if number:  # the first allocates
+            times.append((measured[0], measured[1], warmup))
+    early = [ours / theirs for theirs, ours, warmup in times if warmup]
+    return {
+        "run": sum(ours for _, ours, _ in times) / sum(theirs for theirs, _, _ in times),
+        "step_before_shrinking": statistics.median(early) if early else float("nan"),
+        "step_at_the_target": statistics.median(ours / theirs for theirs, ours, _ in times[-len(times) // 4 :]),
+        "macs": pruning.metrics()["removed_macs"],
+    }
+
+
+def memory_of(options: argparse.Namespace) -> int:
+    """Bytes that a training takes at its peak, all of this process; on a GPU those of tensors."""
+    model = make_model(options.size, options.device)
+    optimizer: torch.optim.Optimizer = AdamW(model.named_parameters(), **RATES)
+    if options.memory_of == "pruned":
+        optimizer = HSPG(optimizer, partition(model), OTOConfig(target_sparsity=options.targets[0]), 24)
+    for _ in range(24):
+        backward(model, batch(options.batch_size, 128, options.device), options.bf16)
+        optimizer.step()
+        optimizer.zero_grad()
+    if options.device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory(options: argparse.Namespace) -> dict[str, float]:
+    """Peak memory of a pruning run that does not shrink over that of a dense one, each in a process of its own."""
+    peaks = {}
+    for kind in ("dense", "pruned"):
+        passed = {"size": options.size, "batch_size": options.batch_size, "device": options.device, "memory_of": kind}
+        command = [
+            sys.executable,
+            __file__,
+            *(word for name, value in passed.items() for word in (f"--{name}", str(value))),
+        ]
+        command.append("--bf16" if options.bf16 else "--no-bf16")
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        peaks[kind] = int(done.stdout.split()[-1])
+    return {**peaks, "ratio": peaks["pruned"] / peaks["dense"]}
+
+
+def once(options: argparse.Namespace) -> dict[str, float]:
+    """What is done once: finding the groups, cutting with its check, saving."""
+    found = {}
+    for size in ("base", "large"):
+        with torch.device("meta"):
+            model = BertForQuestionAnswering(BertConfig(**SIZES[size]))
+        found[f"partition_{size}"] = min(seconds(lambda one=model: partition(one), "cpu") for _ in range(3))
+    model = make_model(options.size, "cpu")
+    config = OTOConfig(target_sparsity=options.targets[0], saliency="magnitude", pruning_periods=1)
+    optimizer = HSPG(torch.optim.SGD(model.named_parameters(), lr=0.0), partition(model), config, 4)
+    for _ in range(4):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    optimizer.zero_grad()
+    inputs = {"input_ids": batch(4, 32, "cpu")["input_ids"]}  # as many tokens as the check reads
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        plain = seconds(lambda: (model.save_pretrained(folder), model(**inputs), model(**inputs)), "cpu")
+        found["compress_and_save"] = seconds(lambda: compress(model).save_pretrained(f"{folder}/small"), "cpu")
+    found["save_and_two_forwards"] = plain
+    return {**found, "compress_ratio": found["compress_and_save"] / plain}
+
+
+def result_table(numbers: dict[str, Any]) -> Table:
+    table = Table(title="Ratios to plain training of the same steps")
+    table.add_column("what")
+    table.add_column("ratio", justify="right")
+    for stage in STAGES:
+        if stage in numbers["optimizer_step"]:
+            table.add_row(f"optimizer's step, {stage}", f"{numbers['optimizer_step'][stage]['ratio']:.2f}")
+    for target, run in numbers["runs"].items():
+        table.add_row(f"whole step, {float(target):.0%}, before shrinking", f"{run['step_before_shrinking']:.2f}")
+        table.add_row(f"whole step, {float(target):.0%}, at the target", f"{run['step_at_the_target']:.2f}")
+        table.add_row(f"whole run, {float(target):.0%}", f"{run['run']:.2f}")
+    table.add_row("peak memory, not shrinking", f"{numbers['memory']['ratio']:.2f}")
+    table.add_row("cut, check and save, to save and two forwards", f"{numbers['once']['compress_ratio']:.2f}")
+    return table
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    options = parse(arguments)
+    if options.memory_of:
+        print(memory_of(options))
+        return {}
+    numbers: dict[str, Any] = {
+        "options": {
+            name: value if isinstance(value, int | float | list) else str(value)
+            for name, value in vars(options).items()
+        },
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "optimizer_step": optimizer_steps(options),
+        "runs": {str(target): whole_runs(options, target) for target in options.targets},
+        "memory": memory(options),
+        "once": once(options),
+    }
+    write_json(options.output, numbers)
+    console.print(result_table(numbers))
+    console.print(json.dumps(numbers["once"]), highlight=False, soft_wrap=True)
+    return numbers
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""The cost benchmark: a tiny run of it. What it measures is for the machine to say, and in no test."""
+
+import json
+import math
+
+import cost
+import pytest
+
+
+@pytest.mark.slow
+def test_a_tiny_benchmark_measures_every_stage(tmp_path, capsys):
+    command = "--size tiny --steps 30 --batch_size 2 --length 16 --targets 0.5 --device cpu --no-bf16".split()
+    numbers = cost.main([*command, "--output", str(tmp_path / "cost.json")])
+    assert json.loads((tmp_path / "cost.json").read_text(encoding="utf-8")) == numbers
+    assert set(numbers["optimizer_step"]) == set(cost.STAGES)
+    run = numbers["runs"]["0.5"]
+    assert 0.4 < run["macs"] < 0.6  # the model that was timed did reach its target
+    ratios = [stage["ratio"] for stage in numbers["optimizer_step"].values()]
+    ratios += [run["run"], run["step_before_shrinking"], run["step_at_the_target"], numbers["once"]["compress_ratio"]]
+    assert all(math.isfinite(ratio) and ratio > 0 for ratio in ratios)
+    assert 0.5 < numbers["memory"]["ratio"] < 2 and numbers["memory"]["dense"] > 10**8
+    shown = capsys.readouterr().out
+    assert all(f"optimizer's step, {stage}" in shown for stage in cost.STAGES) and "whole run, 50%" in shown
