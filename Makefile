@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test style quality
+.PHONY: demo test soak style quality
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -12,6 +12,10 @@ demo: $(READY)
 # One thread per worker (tests/conftest.py), so two workers fill two cores.
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# Fifty runs killed at random and resumed; a quarter of an hour.
+soak: $(READY)
+	$(BIN)/python tests/soak.py $(ARGS)
 
 style: $(READY)
 	$(BIN)/ruff check --fix .

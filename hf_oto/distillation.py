@@ -99,7 +99,8 @@ def logits_loss(
         student, teacher (`Mapping[str, Tensor]`): What the two models give for the same inputs.
         temperature (`float`): T.
         problem_type (`str`, *optional*): The student's `config.problem_type`.
-        counted_BL (`Tensor`, *optional*): The tokens that count where there is a distribution for each token, bool.
+        counted_BL (`Tensor`, *optional*):
+            The tokens that count, bool. It is used where there is a distribution for each token.
 
     Raises:
         `ValueError`: The models share no such output, or one differs in shape.
@@ -121,9 +122,11 @@ def logits_loss(
     return torch.stack(losses).mean()
 
 
-def hidden_states_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask_BL: Tensor) -> Tensor:
+def hidden_states_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask_BL: Tensor | None = None
+) -> Tensor:
     """
-    Mean squared difference of the blocks' outputs over the tokens that are no padding.
+    Mean squared difference of the blocks' outputs over the tokens that are no padding, or all without a mask.
 
     Each of the student's n blocks learns from the last of its share of the teacher's m: block i from block ⌊i·m/n⌋
     (Sun et al., EMNLP 2019, arXiv:1908.09355, "skip").
@@ -131,7 +134,7 @@ def hidden_states_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], att
     Shapes: 1 + n and 1 + m tensors [B, L, H], the embeddings first; [B, L].
     """
     blocks, theirs = len(student) - 1, len(teacher) - 1
-    counted = attention_mask_BL.bool()
+    counted = ... if attention_mask_BL is None else attention_mask_BL.bool()
     differences = [
         (student[block].float() - teacher[max(1, block * theirs // blocks)].float())[counted].square().mean()
         for block in range(1, blocks + 1)

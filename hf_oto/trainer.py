@@ -16,8 +16,8 @@ from huggingface_hub import ModelCard, upload_folder
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, rotate_checkpoints
 from transformers.utils import CONFIG_NAME, PushInProgress, logging
 
 from . import budget
@@ -30,6 +30,9 @@ from .surgery import block_counts, check_compressible, compress, shrink
 
 logger = logging.get_logger(__name__)
 
+# Where a checkpoint is written; a push leaves out what begins with an underscore.
+_UNFINISHED = "_unfinished"
+_WEIGHTS = "*model*.safetensors*"  # whole, in shards, and the shards' index
 # What `output_dir` holds beside the model: upstream leaves the same out of its pushes.
 _NOT_THE_MODEL = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*")
 
@@ -200,14 +203,13 @@ class OTOTrainer(Trainer):
         self, outputs: dict[str, Any], expected: dict[str, Any], inputs: dict[str, Any], labels: Tensor | None
     ) -> Tensor:
         """Mean over the micro-step's items, weighted."""
-        config = self.oto_config
-        mask = inputs["attention_mask"] if "attention_mask" in inputs else torch.ones_like(inputs["input_ids"])
+        config, mask = self.oto_config, inputs.get("attention_mask")
         loss = config.distillation_weight * logits_loss(
             outputs,
             expected,
             temperature=config.distillation_temperature,
             problem_type=getattr(self._plain_model().config, "problem_type", None),
-            counted_BL=mask.bool() if labels is None or labels.shape != mask.shape else labels != IGNORED,
+            counted_BL=None if labels is None else labels != IGNORED,
         )
         if config.hidden_state_weight:
             states = hidden_states_loss(outputs["hidden_states"], expected["hidden_states"], mask)
@@ -295,12 +297,53 @@ class OTOTrainer(Trainer):
             )
         return compress(self._plain_model())
 
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, _UNFINISHED) if self._saving_checkpoint else folder
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside its place, where it appears when all ranks have written all of it."""
+        run, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        made = run / _UNFINISHED / name
+        if self.args.should_save:
+            shutil.rmtree(made.parent, ignore_errors=True)  # of a run that was killed
+        self.accelerator.wait_for_everyone()
         self._saving_checkpoint = True
         try:
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+        except BaseException:
+            shutil.rmtree(made.parent, ignore_errors=True)
+            raise
         finally:
             self._saving_checkpoint = False
+        best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if best == name or (run / best).is_dir():
+            self.state.best_model_checkpoint = str(run / best)
+        if self.args.should_save:
+            self.state.save_to_json(str(made / TRAINER_STATE_NAME))  # with the best one's place
+            if (run / name).exists():
+                (run / name).rename(made.with_name("replaced"))
+            made.rename(run / name)
+            shutil.rmtree(made.parent)
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run / name))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        needed = (OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME)
+        if checkpoint is not None and (lost := [name for name in needed if not Path(checkpoint, name).is_file()]):
+            raise ValueError(
+                f"{checkpoint} lacks {', '.join(lost)}: the groups that are zero and the step would be forgotten. "
+                f"Resume from a complete checkpoint, or start a new run from its weights."
+            )
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
@@ -330,12 +373,13 @@ class OTOTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push the small model of this step with its code, and the checkpoint where the strategy asks for it."""
+        if self._saving_checkpoint:  # and it has no place yet
+            return
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if not (self.args.hub_always_push or self.push_in_progress is None or self.push_in_progress.is_done()):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self._saving_checkpoint = False  # it is written
         self.save_model(_internal_call=True)
         step = f"step {self.state.global_step}"
         jobs = [self._upload(self._output_dir, f"Training in progress, {step}", _NOT_THE_MODEL)]
@@ -435,8 +479,6 @@ def _hspg_in(optimizer: Any) -> HSPG | None:
 def _replacing(target: Path) -> Iterator[Path]:
     """
     A folder to write into, whose files move into `target` when all is written; on an error nothing changes.
-
-    Weights that `target` held before go, or shards of the old model would lie beside the new one's.
     """
     if found := [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if (target / name).is_file()]:
         raise ValueError(
@@ -452,11 +494,11 @@ def _replacing(target: Path) -> Iterator[Path]:
         if not target.exists():
             folder.rename(target)
             return
-        written = {path.name for path in folder.iterdir()}
-        for path in folder.iterdir():
+        # Old weights go first and the new ones come last, their index behind them: at no moment does it load as
+        # something that is neither model.
+        for path in target.glob(_WEIGHTS):
+            path.unlink()
+        for path in sorted(folder.iterdir(), key=lambda path: (path.match(_WEIGHTS), path.suffix == ".json")):
             path.replace(target / path.name)
-        for path in target.glob("*model*.safetensors*"):
-            if path.name not in written:
-                path.unlink()
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,8 @@ import pytest
 
 @pytest.mark.slow
 def test_a_tiny_benchmark_measures_every_stage(tmp_path, capsys):
-    command = "--size tiny --steps 30 --batch_size 2 --length 16 --targets 0.5 --device cpu --no-bf16".split()
+    sizes = {"size": "tiny", "steps": 30, "batch_size": 2, "length": 16, "targets": 0.5, "device": "cpu"}
+    command = [*(word for name, value in sizes.items() for word in (f"--{name}", str(value))), "--no-bf16"]
     numbers = cost.main([*command, "--output", str(tmp_path / "cost.json")])
     assert json.loads((tmp_path / "cost.json").read_text(encoding="utf-8")) == numbers
     assert set(numbers["optimizer_step"]) == set(cost.STAGES)
