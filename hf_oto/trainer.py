@@ -236,9 +236,9 @@ class OTOTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # After a step, and before anything is saved: what is saved at the target is then all of one size.
-        shrinks = self.oto_config.shrink_during_training and self._unshrinkable is None
-        if shrinks and self.hspg is not None and self.hspg.shrink_due:
-            shrink(self._plain_model(), self.hspg)
+        hspg = self.hspg if self.oto_config.shrink_during_training else None
+        if hspg is not None and hspg.shrink_due and self._unshrinkable is None:
+            shrink(self._plain_model(), hspg)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

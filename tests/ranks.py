@@ -1,7 +1,8 @@
 """Runs HSPG on every rank of a process group, and writes what each rank held: started by torchrun, by a test.
 
 `ranks.py MODE FOLDER`, MODE one of `single`, `ddp`, `fsdp`, `fsdp_blocks`: every family in turn in a bare loop, on the
-same global batches; or `trainer`: OTOTrainer under accelerate, with gradient accumulation and checkpoints.
+same global batches; `shrinking`: one family under DDP, with zero groups cut out on the way; or `trainer`: OTOTrainer
+under accelerate, with gradient accumulation and checkpoints.
 """
 
 import sys
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
-from hf_oto import OTOTrainer
+from hf_oto import OTOTrainer, compress, shrink
 from hf_oto.architectures import BLOCK_SPECS
 from hf_oto.config import OTOConfig
 from hf_oto.groups import partition
@@ -56,6 +57,24 @@ def run(name: str, mode: str, rank: int, world: int) -> dict:
     }
 
 
+def run_shrinking(rank: int, world: int, shrinks: bool) -> dict:
+    model = tiny_model(ONE_EACH[0]).double()
+    wrapped = DistributedDataParallel(model)
+    optimizer = HSPG(torch.optim.AdamW(model.named_parameters(), lr=3e-3), partition(model), CONFIG, STEPS)
+    cuts = []
+    for step in range(STEPS):
+        whole = question_batch(model, step, GLOBAL_BATCH)
+        wrapped(**{key: value[rank::world] for key, value in whole.items()}).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if shrinks and optimizer.shrink_due:
+            shrink(model, optimizer)
+            wrapped = DistributedDataParallel(model)
+            cuts.append(step)
+    small = compress(model)
+    return {"cuts": cuts, "weights": {key: value.detach().clone() for key, value in small.named_parameters()}}
+
+
 def run_trainer(folder: Path) -> None:
     questions = question_batch(tiny_model(ONE_EACH[0]), size=32)
     trainer = OTOTrainer(
@@ -72,7 +91,7 @@ def run_trainer(folder: Path) -> None:
             disable_tqdm=True,
         ),
         train_dataset=[{key: value[row] for key, value in questions.items()} for row in range(32)],
-        oto_config=OTOConfig(min_neurons=4, round_to=4),
+        oto_config=OTOConfig(min_neurons=4, round_to=4, shrink_during_training=True),  # not under DDP, as it will say
     )
     trainer.train()
     weights = {key: value.detach().clone() for key, value in trainer.model.state_dict().items()}
@@ -95,6 +114,11 @@ def main(mode: str, folder: str) -> None:
     if mode != "single":
         dist.init_process_group("gloo")
         rank, world = dist.get_rank(), dist.get_world_size()
+    if mode == "shrinking":
+        for shrinks in (False, True):
+            torch.save(run_shrinking(rank, world, shrinks), Path(folder) / f"{mode}-{shrinks}-{rank}.pt")
+        dist.destroy_process_group()
+        return
     for name in ONE_EACH:
         torch.save(run(name, mode, rank, world), Path(folder) / f"{mode}-{name}-{rank}.pt")
     if mode != "single":

@@ -30,6 +30,7 @@ def launch(mode, folder):
         timeout=280,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +74,18 @@ def test_the_global_batch_is_split():
     assert GLOBAL_BATCH % 2 == 0  # or the mean over the ranks is not that over the batch
 
 
+def test_ranks_that_shrink_agree_with_those_that_do_not(ran):
+    first, second = ran("shrinking", True, 0), ran("shrinking", True, 1)
+    assert first["cuts"] == second["cuts"] and len(first["cuts"]) > 2
+    full = ran("shrinking", False)["weights"]
+    assert first["weights"].keys() == full.keys()
+    for key, expected in full.items():
+        assert torch.equal(first["weights"][key], second["weights"][key])
+        assert torch.allclose(first["weights"][key], expected, rtol=0, atol=1e-7)  # float64, and Adam's ε of 1e-8
+
+
 def test_trainer_on_two_ranks_saves_once_what_both_hold(tmp_path):
-    launch("trainer", tmp_path)
+    assert "`shrink_during_training` does nothing: DistributedDataParallel" in launch("trainer", tmp_path)
     first, second = (torch.load(tmp_path / f"trainer-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert torch.equal(first["status"], second["status"]) and (first["status"] == ZERO).any()
     assert all(torch.equal(first["weights"][key], second["weights"][key]) for key in first["weights"])

@@ -429,7 +429,8 @@ def test_the_best_model_is_loaded(tmp_path):
     trainer.train()
     best = AutoModelForQuestionAnswering.from_pretrained(trainer.state.best_model_checkpoint)
     assert int(trainer.state.best_model_checkpoint.rpartition("-")[2]) >= 14
-    assert counts(best) == counts(trainer.model) and same_weights(best, trainer.model)
+    assert counts(best) == counts(trainer.model) != [(4, 24)] * 3
+    assert same_weights(best, trainer.model)
 
 
 @pytest.mark.parametrize("mode", ["bf16", "gradient_checkpointing", pytest.param("torch_compile", marks=SLOW)])
