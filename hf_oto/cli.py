@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast
 
@@ -17,7 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, logging
 from typer.core import TyperGroup
 
-from . import __version__, benchmark, modeling
+from . import benchmark, modeling
 from .answering import QuestionAnswerer
 from .architectures import BLOCK_SPECS, PRUNED_PREFIX, dense_model_type
 from .budget import allowance, check_target, reach, target_examples
@@ -84,7 +85,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 
 def _version(asked: bool) -> None:
     if asked:
-        print(__version__)
+        print(metadata.version("hf-oto"))
         raise typer.Exit
 
 
