@@ -127,8 +127,19 @@ class QuestionAnswerer:
         Args:
             model_name_or_path (`str` or `os.PathLike`): As in [`~PreTrainedModel.from_pretrained`].
             options: Arguments of [`QuestionAnswerer`].
+
+        Raises:
+            `ValueError`: The model has no weights for a question-answering head: it was not trained to answer.
         """
-        model = AutoModelForQuestionAnswering.from_pretrained(model_name_or_path, trust_remote_code=False)
+        loaded: Any = AutoModelForQuestionAnswering.from_pretrained(
+            model_name_or_path, trust_remote_code=False, output_loading_info=True
+        )
+        model, info = loaded
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"{model_name_or_path} has no weights for {', '.join(missing)}, random ones would answer. Use a model "
+                f"that was trained to answer questions."
+            )
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=False)
         return cls(model, tokenizer, **options)
 

@@ -142,7 +142,7 @@ def target_examples(partition: Partition, config: OTOConfig) -> dict[str, list[i
     floor_B, multiple_B = torch.tensor([floor_and_multiple(array.kind, config) for array in arrays]).unbind(1)
     array_G = torch.arange(len(arrays)).repeat_interleave(count_B)
     cost_G = cost_B[array_G]
-    rank_G = torch.cat([torch.arange(array.count, dtype=torch.float64) / array.count for array in arrays])
+    rank_G = torch.cat([(torch.arange(array.count).double() + 0.5) / array.count for array in arrays])
     # Scores per cost below 1 within the kind that goes first, from 1 on in the other.
     late = {"heads first": ~heads_B, "evenly": heads_B & ~heads_B, "neurons first": heads_B}
     for name, late_B in late.items():

@@ -48,7 +48,7 @@ class _OneLineErrors(TyperGroup):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
-            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+            code = super().main(*args, **{**kwargs, "prog_name": "hf-oto", "standalone_mode": False})
         except Exception as error:
             _fail(error)
         finally:
@@ -426,7 +426,7 @@ def _show(numbers: dict[str, Any], parts: Sequence[Any], as_json: bool) -> None:
 
 def main() -> None:
     """The entry point of `hf-oto`."""
-    app(prog_name="hf-oto")
+    app()
 
 
 if __name__ == "__main__":
