@@ -1,5 +1,6 @@
 """Train a Transformers model once and get a smaller, faster one out of it."""
 
+from .answering import QuestionAnswerer
 from .config import OTOConfig
 from .groups import partition
 from .hspg import HSPG
@@ -7,5 +8,5 @@ from .report import summarize
 from .surgery import compress, shrink
 from .trainer import OTOTrainer
 
-__all__ = ["HSPG", "OTOConfig", "OTOTrainer", "compress", "partition", "shrink", "summarize"]
+__all__ = ["HSPG", "OTOConfig", "OTOTrainer", "QuestionAnswerer", "compress", "partition", "shrink", "summarize"]
 __version__ = "0.1.0"

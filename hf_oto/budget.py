@@ -5,6 +5,7 @@ Shapes: `G` all groups, `B` arrays (the groups of one block and kind), `I` items
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
@@ -57,16 +58,25 @@ def allowance(share: float, total: int) -> int:
     return int(Fraction(repr(float(share))) * total)
 
 
-def check_target(partition: Partition, config: OTOConfig) -> None:
-    """
-    Refuse a target that cannot be reached from the model as it is.
+@dataclass(frozen=True)
+class Reach:
+    """What can be removed of a model, in the target's currency.
 
-    Raises:
-        `ValueError`: The floors make the target unreachable, or as much is gone already. Names the reachable share.
+    Args:
+        total (`int`): Cost of the whole prunable part of the dense architecture.
+        removed (`int`): Cost that is gone already.
+        reachable (`int`): Cost that is gone once all that the floors leave free is.
+        cheapest (`int`): Cost of the cheapest cut that the floors allow; 0 if there is none.
     """
-    if not config.target_sparsity:
-        return
-    total = dense_cost(partition, config)
+
+    total: int
+    removed: int
+    reachable: int
+    cheapest: int
+
+
+def reach(partition: Partition, config: OTOConfig) -> Reach:
+    """What can be removed of a model as it is, under the config's structures and floors."""
     removed = reachable = cheapest = 0
     for array in partition.arrays:
         if array.kind not in config.structures:
@@ -80,18 +90,68 @@ def check_target(partition: Partition, config: OTOConfig) -> None:
         if can_go:
             step = array.count % multiple or multiple
             cheapest = min(cheapest or step * cost, step * cost)
-    wanted = allowance(config.target_sparsity, total)
-    if removed and wanted - removed < (cheapest or 1):
+    return Reach(dense_cost(partition, config), removed, reachable, cheapest)
+
+
+def check_target(partition: Partition, config: OTOConfig) -> None:
+    """
+    Refuse a target that cannot be reached from the model as it is.
+
+    Raises:
+        `ValueError`: The floors make the target unreachable, or as much is gone already. Names the reachable share.
+    """
+    if not config.target_sparsity:
+        return
+    found = reach(partition, config)
+    wanted = allowance(config.target_sparsity, found.total)
+    if found.removed and wanted - found.removed < (found.cheapest or 1):
         raise ValueError(
             f"`target_sparsity`={config.target_sparsity} of the dense model's {config.target_unit} is removed already "
-            f"({removed / total:.4f}). Choose a larger target."
+            f"({found.removed / found.total:.4f}). Choose a larger target."
         )
-    if wanted > reachable:
+    if wanted > found.reachable:
         raise ValueError(
             f"`target_sparsity`={config.target_sparsity} of {config.target_unit} cannot be reached: with "
             f"`min_heads`={config.min_heads}, `min_neurons`={config.min_neurons} and `round_to`={config.round_to} at "
-            f"most {int(reachable / total * 1e4) / 1e4} can go. Lower the target or the floors."
+            f"most {int(found.reachable / found.total * 1e4) / 1e4} can go. Lower the target or the floors."
         )
+
+
+def target_examples(partition: Partition, config: OTOConfig) -> dict[str, list[int]]:
+    """
+    What a target may leave. Which groups go is for the training to find; these are the two extremes, and the cut that
+    takes the same share of every array.
+
+    Returns:
+        `dict[str, list[int]]`: Groups kept of every array, by `"heads first"`, `"evenly"` and `"neurons first"`.
+
+    Raises:
+        `ValueError`: See [`check_target`].
+    """
+    check_target(partition, config)
+    found = reach(partition, config)
+    budget = allowance(config.target_sparsity or 0.0, found.total) - found.removed
+    arrays = [array for array in partition.arrays if array.kind in config.structures and array.count]
+    kept = {name: [array.count for array in partition.arrays] for name in ("heads first", "evenly", "neurons first")}
+    if not arrays:
+        return kept
+    unit, length = config.target_unit, config.macs_sequence_length
+    count_B = torch.tensor([array.count for array in arrays])
+    cost_B = torch.tensor([group_cost(partition, array.kind, unit, length) for array in arrays])
+    heads_B = torch.tensor([array.kind == "heads" for array in arrays])
+    floor_B, multiple_B = torch.tensor([floor_and_multiple(array.kind, config) for array in arrays]).unbind(1)
+    array_G = torch.arange(len(arrays)).repeat_interleave(count_B)
+    cost_G = cost_B[array_G]
+    rank_G = torch.cat([(torch.arange(array.count).double() + 0.5) / array.count for array in arrays])
+    # Scores per cost below 1 within the kind that goes first, from 1 on in the other.
+    late = {"heads first": ~heads_B, "evenly": heads_B & ~heads_B, "neurons first": heads_B}
+    for name, late_B in late.items():
+        score_G = (rank_G + late_B[array_G]) * cost_G
+        alive_G = torch.ones_like(array_G, dtype=torch.bool)
+        chosen_G = select_groups(score_G, cost_G, array_G, alive_G, budget, floor_B, multiple_B)
+        for array, gone in zip(arrays, torch.bincount(array_G[chosen_G], minlength=len(arrays)), strict=True):
+            kept[name][partition.arrays.index(array)] -= int(gone)
+    return kept
 
 
 def select_groups(

@@ -81,11 +81,11 @@ class Summary:
 
     def table(self) -> Group:
         """Two tables for rich: what every layer keeps, and the sizes. In ASCII, and valid Markdown."""
-        layers = _table("layer", "heads", "of", "neurons", "of")
+        layers = markdown_table("layer", "heads", "of", "neurons", "of")
         for layer, (heads, neurons) in enumerate(zip(self.heads, self.neurons, strict=True)):
             row = layer, heads, self.dense_heads, neurons, self.dense_neurons
             layers.add_row(*(f"{number:,}" for number in row))
-        sizes = _table(self.model_type, "kept", "of", "kept share")
+        sizes = markdown_table(self.model_type, "kept", "of", "kept share")
         removed = self.dense_prunable_parameters - self.prunable_parameters
         totals = (
             ("all parameters", self.parameters),
@@ -107,9 +107,7 @@ class Summary:
         return self.table()
 
     def __str__(self) -> str:
-        text = io.StringIO()
-        Console(file=text, width=TEXT_WIDTH, color_system=None, force_terminal=False, force_jupyter=False).print(self)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
+        return plain_text(self)
 
     def plot(self, path: str | os.PathLike) -> None:
         """
@@ -163,16 +161,35 @@ def summarize(model_or_partition: PreTrainedModel | Partition, *, sequence_lengt
     Raises:
         `ValueError`: The model is not supported or holds no weights, or `sequence_length` is below 1.
     """
-    if sequence_length < 1:
-        raise ValueError(f"`sequence_length` must be at least 1, got {sequence_length}.")
     if isinstance(model_or_partition, Partition):
-        groups, kept, sizes = model_or_partition, [array.count for array in model_or_partition.arrays], {}
+        kept = [array.count for array in model_or_partition.arrays]
     else:
-        groups = partition(model_or_partition)
         parameters = dict(model_or_partition.named_parameters())
         if any(parameter.is_meta for parameter in parameters.values()):
             raise ValueError("`model` must hold its weights, got the meta device's. Sum up its `partition` instead.")
-        kept = [array.count - int(zero_groups(array, parameters).sum()) for array in groups.arrays]
+        arrays = partition(model_or_partition).arrays
+        kept = [array.count - int(zero_groups(array, parameters).sum()) for array in arrays]
+    return summarize_kept(model_or_partition, kept, sequence_length=sequence_length)
+
+
+def summarize_kept(
+    model_or_partition: PreTrainedModel | Partition, kept: Sequence[int], *, sequence_length: int = 384
+) -> Summary:
+    """
+    As [`summarize`], of what the model would be if it kept so many groups. No weight is read: it may be on the meta
+    device.
+
+    Args:
+        model_or_partition ([`PreTrainedModel`] or [`Partition`]): As in [`summarize`].
+        kept (`Sequence[int]`): Groups to keep of every array of the partition.
+        sequence_length (`int`, *optional*, defaults to 384): As in [`summarize`].
+    """
+    if sequence_length < 1:
+        raise ValueError(f"`sequence_length` must be at least 1, got {sequence_length}.")
+    if isinstance(model_or_partition, Partition):
+        groups, sizes = model_or_partition, {}
+    else:
+        groups = partition(model_or_partition)
         sizes = _sizes(model_or_partition, groups, kept)
     heads, neurons = kept[::2], kept[1::2]
     all_heads, all_neurons = groups.num_layers * groups.dense_heads, groups.num_layers * groups.dense_neurons
@@ -269,7 +286,15 @@ def _sizes(model: PreTrainedModel, groups: Partition, kept: Sequence[int]) -> di
     return sizes
 
 
-def _table(*columns: str) -> Table:
+def plain_text(renderable: Any, width: int = TEXT_WIDTH) -> str:
+    """What rich prints, in so many columns and without colours, whatever the terminal."""
+    text = io.StringIO()
+    Console(file=text, width=width, color_system=None, force_terminal=False, force_jupyter=False).print(renderable)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
+
+
+def markdown_table(*columns: str) -> Table:
+    """An empty table for rich, in ASCII and valid Markdown: names on the left, numbers on the right."""
     table = Table(box=box.MARKDOWN)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=True)

@@ -12,17 +12,17 @@ PACKAGE = ROOT / "hf_oto"
 # A room imports from rooms of a higher number only.
 LEVELS = {
     "cli": 1,
-    "trainer": 2,
-    **dict.fromkeys(("report", "distillation", "surgery", "hspg"), 3),
+    **dict.fromkeys(("trainer", "benchmark"), 2),
+    **dict.fromkeys(("report", "distillation", "surgery", "hspg", "answering", "exporting"), 3),
     **dict.fromkeys(("modeling", "saliency", "budget", "schedule", "parts"), 4),
     "groups": 5,
     "architectures": 6,
-    "config": 7,
+    **dict.fromkeys(("config", "files"), 7),
 }
 TORCH_ONLY = {"hspg", "saliency", "budget", "schedule", "parts", "groups", "architectures", "config"}
 TRAVELLING = {"modeling", "architectures"}  # copied beside the weights, where no other room is
 UNPICKLERS = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-PUBLIC = {"OTOConfig", "OTOTrainer", "HSPG", "partition", "compress", "shrink", "summarize"}
+PUBLIC = {"OTOConfig", "OTOTrainer", "HSPG", "QuestionAnswerer", "partition", "compress", "shrink", "summarize"}
 
 
 def imports(tree: ast.AST) -> tuple[set[str], set[str]]:

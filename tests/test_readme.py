@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from families import tiny_model
+from squad_data import wordpiece
+
+from hf_oto import compress
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -14,7 +18,12 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 @pytest.mark.slow
 def test_every_block_runs_and_says_what_it_should(tmp_path):
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(blocks) >= 5
+    assert len(blocks) >= 6
+    tokenizer = wordpiece()  # and a model that somebody trained before
+    tokenizer.save_pretrained(tmp_path / "bert-squad-oto")
+    compress(tiny_model("BertForQuestionAnswering", vocab_size=len(tokenizer))).save_pretrained(
+        tmp_path / "bert-squad-oto"
+    )
     (tmp_path / "readme.py").write_text("\n".join(blocks), encoding="utf-8")
     command = [sys.executable, "-W", "error:::hf_oto", "readme.py"]
     done = subprocess.run(command, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, timeout=600)
