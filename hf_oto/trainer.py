@@ -23,6 +23,7 @@ from transformers.utils import CONFIG_NAME, PushInProgress, logging
 from . import budget
 from .config import OTOConfig
 from .distillation import IGNORED, hidden_states_loss, load_teacher, logits_loss, task_of
+from .files import folder_beside
 from .groups import partition
 from .hspg import HSPG
 from .report import card_section, summarize
@@ -485,11 +486,7 @@ def _replacing(target: Path) -> Iterator[Path]:
             f"{target} holds a checkpoint to resume from ({', '.join(found)}), whose weights would be lost. Save the "
             f"small model elsewhere."
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(folder, ignore_errors=True)  # of a process that had this number and was killed
-    folder.mkdir()
-    try:
+    with folder_beside(target) as folder:
         yield folder
         if not target.exists():
             folder.rename(target)
@@ -500,5 +497,3 @@ def _replacing(target: Path) -> Iterator[Path]:
             path.unlink()
         for path in sorted(folder.iterdir(), key=lambda path: (path.match(_WEIGHTS), path.suffix == ".json")):
             path.replace(target / path.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
