@@ -232,7 +232,7 @@ def compress(
                 shutil.copyfile(source, made / name)
         files = sorted(path.name for path in made.iterdir())
         if out.is_dir():
-            out.rmdir()  # it is empty
+            out.rmdir()  # it is empty; not every system renames onto it
         made.rename(out)
     removed = {kind: sum(before.counts(kind)) - sum(getattr(summary, kind)) for kind in ("heads", "neurons")}
     numbers = {"out": str(out), "files": files, "removed": removed, **summary.to_dict()}
@@ -314,9 +314,7 @@ def export(
         f"float32 in ONNX Runtime is off by {done.error:.1e} of the largest output, on random tokens with padding",
     ]
     if int8:
-        lines.append(
-            f"int8, which is what was written, by {done.int8_error:.1e}, in the mean {done.int8_mean_error:.1e}"
-        )
+        lines.append(f"int8, which is in the file, by {done.int8_error:.1e}, in the mean {done.int8_mean_error:.1e}")
     _show(dataclasses.asdict(done), lines, as_json)
 
 

@@ -345,7 +345,7 @@ def test_bench_sees_that_a_model_is_slower(tmp_path):
 
 def test_bench_restores_the_threads_and_takes_models_of_two_families(tmp_path):
     saved(tmp_path / "bert")
-    saved(tmp_path / "distilbert", "DistilBertForQuestionAnswering")
+    saved(tmp_path / "distilbert", "DistilBertForQuestionAnswering", vocab_size=31)
     before = torch.get_num_threads()
     options = ["--length", 8, "--threads", before + 1, "--repeats", 1]
     (row,) = answered("bench", tmp_path / "bert", tmp_path / "distilbert", *options)["measurements"]
@@ -380,6 +380,7 @@ def in_onnxruntime(path, model, **sizes):
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert {(value.shape[0], value.shape[-1]) for value in session.get_inputs()} == {("batch", "length")}
     inputs = batch(model, **sizes)
     if "token_type_ids" in {value.name for value in session.get_inputs()}:
         inputs["token_type_ids"] = inputs["input_ids"] % 2
@@ -391,7 +392,9 @@ def in_onnxruntime(path, model, **sizes):
     return actual, {name: expected[name] for name in names}
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+# An export takes seconds, and all families but DistilBERT have the blocks of BERT.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ONE_EACH if name.startswith(("Bert", "Distil"))])
 def test_export_of_a_model_with_a_block_cut_to_nothing(name, tmp_path):
     """Its last block has neither a head nor a neuron."""
     model = tiny_model(name, num_hidden_layers=2)
@@ -409,13 +412,11 @@ def test_export_of_a_model_with_a_block_cut_to_nothing(name, tmp_path):
     for length in (5, 37):
         actual, expected = in_onnxruntime(out, small, length=length)
         assert largest_difference(actual, expected) <= 1e-5
-    proto = out.read_bytes()
-    assert b"batch" in proto and b"length" in proto
 
 
+@pytest.mark.slow
 def test_export_in_int8_says_how_far_the_logits_are(tmp_path):
-    model = tiny_model("BertForMultipleChoice", num_hidden_layers=2)
-    zero_uneven(model)
+    model = tiny_model("BertForMultipleChoice", num_hidden_layers=1)
     small = compress(model)
     small.half().save_pretrained(tmp_path / "small")  # exported in float32 all the same
     out = tmp_path / "small.onnx"
@@ -430,6 +431,7 @@ def test_export_in_int8_says_how_far_the_logits_are(tmp_path):
     assert 1e-4 < largest_difference(actual, expected) < 3 * reported < 0.5
 
 
+@pytest.mark.slow
 def test_export_writes_nothing_where_it_refuses(tmp_path):
     model = saved(tmp_path / "model", num_hidden_layers=1)
     (tmp_path / "there.onnx").write_bytes(b"mine")
@@ -444,6 +446,7 @@ def test_export_writes_nothing_where_it_refuses(tmp_path):
     assert everything_in(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_weights_too_large_for_one_file_lie_beside_it(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_oto.exporting.LARGEST_FILE", 1000)
     model = tiny_model("DistilBertModel", num_hidden_layers=1)
@@ -476,15 +479,15 @@ def test_answer_gives_what_the_class_gives(reader, tmp_path):
     for row, own in zip(found["questions"], expected, strict=True):
         assert row["answers"] == [vars(one) for one in own]
     (tmp_path / "page.txt").write_text(context, encoding="utf-8")
-    options = ["--top-k", 3, "--no-answer", "--max-length", 50, "--stride", 10, "--max-answer-length", 4]
+    options = ["--top-k", 500, "--no-answer", "--max-length", 50, "--stride", 10, "--max-answer-length", 4]
     result = run("answer", reader, "--question", asked[0], "--context-file", tmp_path / "page.txt", *options)
     assert result.exit_code == 0, result.stderr
     answerer = QuestionAnswerer.from_pretrained(reader, max_length=50, stride=10, max_answer_length=4)
     lines = [
         f"{one.score:.3f}  {one.start}-{one.end}  {one.text or '(no answer)'}"
-        for one in answerer(asked[0], context, top_k=3, no_answer=True)
+        for one in answerer(asked[0], context, top_k=500, no_answer=True)
     ]
-    assert result.stdout.splitlines() == lines and len(lines) == 3
+    assert result.stdout.splitlines() == lines and any(line.endswith("  0-0  (no answer)") for line in lines)
 
 
 def test_what_cannot_be_answered_is_refused(reader, tmp_path):
