@@ -183,10 +183,14 @@ class OTOTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         if self.teacher is None or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
         labels = inputs.get("labels")  # label smoothing takes them out
         states = {"output_hidden_states": True} if self.oto_config.hidden_state_weight else {}
-        loss, outputs = super().compute_loss(model, {**inputs, **states}, True, num_items_in_batch)
+        loss, outputs = super().compute_loss(
+            model, {**inputs, **states}, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
         known = inspect.signature(self.teacher.forward).parameters
         asked = {name: value for name, value in inputs.items() if name in known and name not in self.label_names}
         with torch.no_grad(), self.accelerator.autocast():

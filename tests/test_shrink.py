@@ -438,13 +438,14 @@ def test_ways_to_train(mode, tmp_path):
     options = {mode: True} | ({"torch_compile_backend": "eager"} if mode == "torch_compile" else {})
     options["optim"] = "sgd"
     trainer = make(tmp_path, config=OTOConfig(**DEEP, pruning_periods=3, shrink_during_training=True), **options)
-    full = make(tmp_path, config=OTOConfig(**DEEP, pruning_periods=3), optim="sgd", bf16=mode == "bf16")
     if mode == "torch_compile":
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
     trainer.train()
     if mode == "torch_compile":  # a graph at the start and one for every shrink, not for every step
         assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    # Not before: accelerate's settings are those of the Trainer made last.
+    full = make(tmp_path, config=OTOConfig(**DEEP, pruning_periods=3), optim="sgd", bf16=mode == "bf16")
     full.train()
     small = full.compressed_model()
     assert counts(trainer.model) == counts(trainer.compressed_model()) == counts(small) != [(4, 24)] * 3
