@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, sort_checkpoints
 from transformers.utils import CONFIG_NAME, PushInProgress, logging
 
 from . import budget
@@ -330,16 +330,19 @@ class OTOTrainer(Trainer):
             if (run / name).exists():
                 (run / name).rename(made.with_name("replaced"))
             made.rename(run / name)
+            for path in self._superfluous(run):
+                path.rename(made.with_name(path.name))  # gone at once: one that is half removed must not be read
             shutil.rmtree(made.parent)
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run / name))
+
+    def _superfluous(self, run: Path) -> list[Path]:
+        """Checkpoints beyond `save_total_limit`. The newest and the best one are never."""
+        limit, best = self.args.save_total_limit or 0, self.state.best_model_checkpoint
+        found = [Path(path) for path in sort_checkpoints(str(run), use_mtime=True, best_model_checkpoint=best)]
+        protected = {found[-1], found[-1] if best is None else Path(best)}
+        return found[: -max(limit, len(protected))] if limit > 0 else []
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         needed = (OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME)
