@@ -26,7 +26,8 @@ from transformers.trainer_utils import get_last_checkpoint
 import hf_oto  # noqa: F401  (the Auto classes know the pruned types)
 
 STARTED = "started"
-LAST = "checkpoint-24"
+STEPS = 60
+LAST = f"checkpoint-{STEPS}"
 
 
 def train(folder: str) -> None:
@@ -41,7 +42,8 @@ def train(folder: str) -> None:
     # Large enough for a write to take its time.
     model = tiny_model(ONE_EACH[0], vocab_size=20_000)
     extra = {"callbacks": [Tell()]}
-    trainer = make(folder, model=model, extra=extra, save_strategy="steps", save_steps=2, save_total_limit=2)
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    trainer = make(folder, model=model, extra=extra, max_steps=STEPS, **saving)
     last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     trainer.save_model(str(Path(folder, "small")))
