@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -17,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .contexts import evaluating
 
 NEEDED = "`question` and `context` must be text that is not empty"
 
@@ -229,7 +230,7 @@ class QuestionAnswerer:
         # Windows of one length are read together: little padding.
         order = sorted(range(len(windows)), key=lambda index: len(windows[index].spans))
         logits: list[Any] = [None] * len(windows)
-        with _evaluating(self.model):
+        with evaluating(self.model):
             for first in range(0, len(order), self.batch_size):
                 chosen = order[first : first + self.batch_size]
                 rows = {name: [windows[i].inputs[name] for i in chosen] for name in windows[chosen[0]].inputs}
@@ -302,13 +303,3 @@ def _longest(model: PreTrainedModel) -> int:
     config: Any = model.config
     positions = getattr(config, "max_position_embeddings", sys.maxsize)
     return positions - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -24,8 +24,8 @@ from .architectures import BLOCK_SPECS, PRUNED_PREFIX, dense_model_type
 from .budget import allowance, check_target, reach, target_examples
 from .config import CONFIG_NAME as OTO_CONFIG_NAME
 from .config import OTOConfig
+from .contexts import folder_beside
 from .exporting import check_packages, export_onnx
-from .files import folder_beside
 from .groups import partition
 from .report import markdown_table, plain_text, summarize, summarize_kept
 from .surgery import compress as cut

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .files import folder_beside
+from .contexts import evaluating, folder_beside
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # A protobuf holds 2 GB at most; weights beyond that lie beside it.
@@ -169,7 +169,7 @@ def _traced(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Any:
     attention = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        with _evaluating(model):
+        with evaluating(model):
             exported: Any = OnnxExporter().export(model, dict(batch), config=OnnxConfig(dynamic=True))
     finally:
         model.set_attn_implementation(attention)
@@ -217,7 +217,7 @@ def _errors(model: PreTrainedModel, session: Any, batches: list[dict[str, Tensor
     """The largest and the mean difference of an output, as a share of its largest magnitude; NaN if one is."""
     worst = mean = torch.zeros(())
     for batch in batches:
-        with _evaluating(model):
+        with evaluating(model):
             expected = model(**batch, return_dict=True)
         values = session.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
         for output, value in zip(session.get_outputs(), values, strict=True):
@@ -225,16 +225,6 @@ def _errors(model: PreTrainedModel, session: Any, batches: list[dict[str, Tensor
             share = (torch.from_numpy(value) - tensor).abs() / tensor.abs().max()
             worst, mean = torch.maximum(worst, share.max()), torch.maximum(mean, share.mean())
     return float(worst), float(mean)
-
-
-@contextlib.contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextlib.contextmanager

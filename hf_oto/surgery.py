@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +11,7 @@ from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .architectures import BLOCK_SPECS, dense_model_type
+from .contexts import evaluating
 from .groups import Partition, partition, zero_groups
 from .modeling import CONFIGS, BiasOnly, layer_counts, pruned_heads, replace_module, resize_heads, resize_neurons
 
@@ -376,17 +376,6 @@ def _outputs(model: PreTrainedModel, inputs: Mapping[str, Any], precision: torch
         return value.to(model.device, dtype)
 
     tensors = {name: raised(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    with _evaluating(model), torch.autocast(model.device.type, enabled=False):
+    with evaluating(model), torch.autocast(model.device.type, enabled=False):
         outputs = functional_call(model, tensors, (), {name: raised(value) for name, value in inputs.items()})
     return {name: value for name, value in outputs.items() if isinstance(value, Tensor) and value.is_floating_point()}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -22,8 +22,8 @@ from transformers.utils import CONFIG_NAME, PushInProgress, logging
 
 from . import budget
 from .config import OTOConfig
+from .contexts import folder_beside
 from .distillation import IGNORED, hidden_states_loss, load_teacher, logits_loss, task_of
-from .files import folder_beside
 from .groups import partition
 from .hspg import HSPG
 from .report import card_section, summarize

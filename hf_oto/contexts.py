@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Context managers of several rooms: files that appear whole or not at all, models that evaluate for a while."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from torch import nn
 
 
 @contextmanager
@@ -27,3 +29,15 @@ def folder_beside(target: Path) -> Iterator[Path]:
         with suppress(OSError):  # where something moved in, they are not empty and stay
             for parent in missing:
                 parent.rmdir()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards each of its modules is in the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
