@@ -47,6 +47,9 @@ class OTOConfig:
             `"random"`, drawn anew at every selection from the run's seed. The last three are there to compare with.
         saliency_decay (`float`, *optional*, defaults to 0.98):
             Decay per optimizer step of the running mean, in [0, 1).
+        saliency_interval (`int`, *optional*, defaults to 4):
+            Optimizer steps from one observation of the gradients to the next. The mean reaches back as far whatever
+            it is; a larger one makes it noisier, and the optimizer's step cheaper.
         epsilon (`float`, *optional*, defaults to 0.0):
             Half-space parameter ε in [0, 1). A trial iterate with ⟨x̂_g, x_g⟩ < ε‖x_g‖² is projected to zero.
         lmbda (`float`, *optional*, defaults to 0.001):
@@ -84,6 +87,7 @@ class OTOConfig:
     pruning_periods: int = 10
     saliency: str = "fisher"
     saliency_decay: float = 0.98
+    saliency_interval: int = 4
     epsilon: float = 0.0
     lmbda: float = 1e-3
     min_heads: int = 1
@@ -123,6 +127,7 @@ class OTOConfig:
             )
         _check_integer("macs_sequence_length", self.macs_sequence_length, 1)
         _check_integer("pruning_periods", self.pruning_periods, 1)
+        _check_integer("saliency_interval", self.saliency_interval, 1)
         _check_integer("min_heads", self.min_heads, 0)
         _check_integer("min_neurons", self.min_neurons, 0)
         _check_integer("round_to", self.round_to, 1)

@@ -44,6 +44,9 @@ _ELEMENTWISE = (
 # Copying what is left costs about a step; under torch.compile every new shape is compiled, and torch gives up after 8.
 _SHRINK_SHARE = 0.1
 
+# What settings were before there was a choice: states written then do not name them.
+_OLDER_SETTINGS = {"shrink_during_training": False, "saliency_interval": 1}
+
 # What HSPG keeps in the first parameter group, from where `state_dict` and distributed checkpoints take it.
 _STEP, _SETTINGS, _SALIENCY, _STATUS = "hspg_step", "hspg_settings", "hspg_saliency", "hspg_status"
 
@@ -182,7 +185,8 @@ class HSPG(Optimizer):
                 "weights instead of resuming it."
             )
         mine, others = json.loads(self._first_group[_SETTINGS]), json.loads(saved[_SETTINGS])
-        others.setdefault("shrink_during_training", False)  # states written before there was the setting
+        for name, value in _OLDER_SETTINGS.items():
+            others.setdefault(name, value)
         if changed := sorted(name for name in mine.keys() | others.keys() if mine.get(name) != others.get(name)):
             listed = ", ".join(f"{name}: {others.get(name)} saved, {mine.get(name)} now" for name in changed)
             raise ValueError(
@@ -326,8 +330,8 @@ class HSPG(Optimizer):
         """
         Gather saliency from the gradients that `backward` just left, raw: before clipping.
 
-        Call it after every micro-step. Without a call, [`~HSPG.step`] does it with the gradients that it finds. Only
-        warm-up and pruning with a target need it; elsewhere it does nothing.
+        Call it after every micro-step. Without a call, [`~HSPG.step`] does it with the gradients that it finds. It
+        does nothing in the steps between two observations, after the last selection and without a target.
 
         Args:
             loss_scale (`float`, *optional*, defaults to 1.0):
@@ -336,7 +340,7 @@ class HSPG(Optimizer):
                 Whether the gradients were added to those of the last call. A derivative is linear in them, so the
                 micro-step's own is the difference.
         """
-        if self.stage not in ("warmup", "pruning") or not self._gathers_gradients:
+        if not self._observes:
             return
         places = self._places()
         derivatives = []
@@ -358,8 +362,11 @@ class HSPG(Optimizer):
         self._gathered = gathered_G
 
     @property
-    def _gathers_gradients(self) -> bool:
-        return bool(self.config.target_sparsity) and self.config.saliency not in ("magnitude", "random")
+    def _observes(self) -> bool:
+        """Whether the step's gradients are looked at."""
+        if not self.config.target_sparsity or self.config.saliency in ("magnitude", "random"):
+            return False
+        return self.schedule.observed(self.steps_done, self.config.saliency_interval)
 
     def _saliency(self, step: int, cost_G: Tensor) -> Tensor:
         """Every group's score, not yet divided by its cost."""
@@ -377,9 +384,8 @@ class HSPG(Optimizer):
         if self._observed is None:
             self.observe()
         if self._observed is not None:
-            update_saliency(
-                self._first_group[_SALIENCY], self._observed / self._micro_steps, self.config.saliency_decay
-            )
+            decay = self.config.saliency_decay**self.config.saliency_interval
+            update_saliency(self._first_group[_SALIENCY], self._observed / self._micro_steps, decay)
         self._observed, self._micro_steps, self._gathered = None, 0, None
 
     # The step.

@@ -59,6 +59,11 @@ class Schedule:
         """Whether groups are selected at this step."""
         return step in self.boundaries[:-1]
 
+    def observed(self, step: int, interval: int) -> bool:
+        """Whether saliency is gathered at a step: at every selection, and every `interval` steps before it."""
+        ahead = [boundary - step for boundary in self.boundaries[:-1] if boundary >= step]
+        return bool(ahead) and ahead[0] % interval == 0
+
     def steps_left(self, step: int) -> int:
         """Steps until the period ends, this one included: 1 at the step after which redundant groups are zero."""
         return self.boundaries[self.period(step)] - step

@@ -190,7 +190,7 @@ def test_saliency_is_a_running_mean():
 @pytest.mark.parametrize("kind", ["fisher", "taylor"])
 def test_micro_steps_are_seen_one_by_one(kind):
     """Gradients add up over micro-steps, saliency averages what each of them says, whatever the loss scale."""
-    config = OTOConfig(saliency=kind, saliency_decay=0.0, **SMALL)
+    config = OTOConfig(saliency=kind, saliency_decay=0.0, saliency_interval=1, **SMALL)
     model, optimizer = model_and_optimizer("BertForQuestionAnswering", config)
     arrays = optimizer.partition.arrays
     parameters = dict(model.named_parameters())
@@ -218,7 +218,7 @@ def test_micro_steps_are_seen_one_by_one(kind):
 
 
 def test_without_a_call_the_step_observes():
-    config = OTOConfig(saliency_decay=0.5, **SMALL)
+    config = OTOConfig(saliency_decay=0.5, saliency_interval=1, **SMALL)
     runs = [model_and_optimizer("BertForQuestionAnswering", config) for _ in range(2)]
     for (model, optimizer), called in zip(runs, (True, False), strict=True):
         for seed in range(3):
@@ -229,6 +229,29 @@ def test_without_a_call_the_step_observes():
             optimizer.zero_grad()
     first, second = (optimizer.param_groups[0]["hspg_saliency"] for _, optimizer in runs)
     assert torch.equal(first, second) and bool((first > 0).all())
+
+
+def test_between_two_observations_the_saliency_rests():
+    """It moves at every selection, and every so many steps before it; after the last one nothing is looked at."""
+    config = OTOConfig(saliency_interval=4, pruning_periods=2, **SMALL)
+    model, optimizer = model_and_optimizer("BertForQuestionAnswering", config)
+    assert optimizer.schedule.boundaries == (6, 15, 24)
+    parameters = dict(model.named_parameters())
+    moved, before = [], torch.zeros(partition(model).num_groups)
+    for step in range(30):
+        backward(model, step)
+        derivatives = [
+            mask_derivatives(parameters[array.columns].detach(), parameters[array.columns].grad, array.width)
+            for array in partition(model).arrays
+        ]
+        optimizer.step()
+        optimizer.zero_grad()
+        after = optimizer.param_groups[0]["hspg_saliency"].clone()
+        if not torch.equal(before, after):  # as far back as with an observation at every step: decay^4 is old
+            torch.testing.assert_close(after, before * 0.98**4 + torch.cat(derivatives).square() * (1 - 0.98**4))
+            moved.append(step)
+        before = after
+    assert moved == [2, 6, 7, 11, 15]
 
 
 def test_magnitude_ranks_by_squared_norm_per_cost():

@@ -23,6 +23,15 @@ def test_the_default_run():
     assert [schedule.steps_left(step) for step in (150, 151, 194, 195, 599)] == [45, 44, 1, 45, 1]
 
 
+def test_saliency_is_observed_up_to_the_last_selection():
+    schedule = Schedule.from_config(OTOConfig(pruning_periods=2, warmup_ratio=0.1, pruning_end_ratio=0.5), 100)
+    assert schedule.boundaries == (10, 30, 50)
+    assert [step for step in range(100) if schedule.observed(step, 4)] == [2, 6, *range(10, 31, 4)]
+    assert [step for step in range(100) if schedule.observed(step, 1)] == list(range(31))
+    without_target = Schedule.from_config(OTOConfig(target_sparsity=None), 100)
+    assert not any(without_target.observed(step, 1) for step in range(100))
+
+
 def test_the_share_is_a_cubic_ramp():
     schedule = Schedule.from_config(OTOConfig(pruning_periods=4), 100)
     # s·(1 − (1 − j/4)³) with s = 0.8: 1 − 27/64, 1 − 8/64, 1 − 1/64, 1 of it
