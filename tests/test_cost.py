@@ -1,10 +1,11 @@
-"""The cost benchmark: a tiny run of it. What it measures is for the machine to say, and in no test."""
+"""The benchmarks of cost: a tiny run of each. What they measure is for the machine to say, and in no test."""
 
 import json
 import math
 
 import cost
 import pytest
+import scale
 
 
 @pytest.mark.slow
@@ -22,3 +23,31 @@ def test_a_tiny_benchmark_measures_every_stage(tmp_path, capsys):
     assert 0.5 < numbers["memory"]["ratio"] < 2 and numbers["memory"]["dense"] > 10**8
     shown = capsys.readouterr().out
     assert all(f"optimizer's step, {stage}" in shown for stage in cost.STAGES) and "whole run, 50%" in shown
+
+
+def test_the_growth_with_the_model_is_measured(tmp_path, capsys):
+    options = [
+        "--sizes",
+        "tiny",
+        "mini",
+        "billion",
+        "--memory",
+        "0.1",
+        "--repeats",
+        "1",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    lines = scale.main(options)
+    assert json.loads((tmp_path / "scale.json").read_text(encoding="utf-8"))["sizes"] == lines
+    assert [line["groups"] for line in lines] == [2 * 514, 6 * 1548, 48 * 5140]
+    assert lines[-1]["weights"] > 9.8e8  # on shapes alone
+    assert "added" in lines[0] and not any("added" in line for line in lines[1:])  # what does not fit takes no step
+    assert (tmp_path / "scale.png").stat().st_size > 10_000
+    assert "powers of growth" in capsys.readouterr().out
+
+
+def test_the_power_of_growth():
+    lines = [{"groups": size, "selection": 3.0 * size**2} for size in (10, 100, 1000)]
+    assert scale.growth(lines, "selection", "groups") == pytest.approx(2)
+    assert math.isnan(scale.growth(lines[:1], "selection", "groups"))
