@@ -15,9 +15,15 @@ import torch
 from huggingface_hub import ModelCard, upload_folder
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments, get_wsd_schedule
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, sort_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    HubStrategy,
+    SaveStrategy,
+    SchedulerType,
+    sort_checkpoints,
+)
 from transformers.utils import CONFIG_NAME, PushInProgress, logging
 
 from . import budget
@@ -27,6 +33,7 @@ from .distillation import IGNORED, hidden_states_loss, load_teacher, logits_loss
 from .groups import partition
 from .hspg import HSPG
 from .report import card_section, summarize
+from .schedule import Schedule
 from .surgery import block_counts, check_compressible, compress, shrink
 
 logger = logging.get_logger(__name__)
@@ -46,11 +53,14 @@ class OTOTrainer(Trainer):
     [`Trainer`], with one more argument: it drives attention heads and FFN neurons to zero while it trains, and saves a
     model without them.
 
-    The optimizer of [`TrainingArguments`] keeps its meaning; [`HSPG`] wraps it. `checkpoint-N` folders hold the model
-    in training and all that resuming needs; it is full-size, unless `shrink_during_training` has cut it since.
-    [`~OTOTrainer.save_model`], a push to the Hub and the end of training write the small model, which
-    `from_pretrained` loads. `load_best_model_at_end` considers only evaluations at the target: before it, a model
-    scores better because it is larger.
+    The optimizer of [`TrainingArguments`] keeps its meaning; [`HSPG`] wraps it. So does the learning rate's schedule;
+    `lr_scheduler_type="warmup_stable_decay"` may go without its `num_decay_steps`: the rate then stays at its peak
+    until the target is reached, and decays, linearly if nothing else is said, while the model recovers.
+
+    `checkpoint-N` folders hold the model in training and all that resuming needs; it is full-size, unless
+    `shrink_during_training` has cut it since. [`~OTOTrainer.save_model`], a push to the Hub and the end of training
+    write the small model, which `from_pretrained` loads. `load_best_model_at_end` considers only evaluations at the
+    target: before it, a model scores better because it is larger.
 
     Args:
         oto_config ([`OTOConfig`], *optional*):
@@ -144,6 +154,29 @@ class OTOTrainer(Trainer):
             self._wrap_optimizer(optimizer)
         self._load_waiting_checkpoint()
         return cast(Optimizer, self.optimizer)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
+        given = cast(dict[str, Any], self.args.lr_scheduler_kwargs or {})
+        wanted = self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and "num_decay_steps" not in given
+        if not wanted or self.lr_scheduler is not None or self.oto_config.target_sparsity is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        pruned = Schedule.from_config(self.oto_config, num_training_steps).boundaries[-1]
+        if warmup > pruned:
+            raise ValueError(
+                f"`warmup_steps` must end before the target is reached for `lr_scheduler_type`='warmup_stable_decay', "
+                f"got {warmup} and {pruned} of {num_training_steps} steps. Give `lr_scheduler_kwargs` its own "
+                f"`num_decay_steps`, or shorten it."
+            )
+        self.lr_scheduler = get_wsd_schedule(
+            cast(Optimizer, optimizer or self.optimizer),
+            num_warmup_steps=warmup,
+            num_decay_steps=num_training_steps - pruned,
+            num_training_steps=num_training_steps,
+            **{"decay_type": "linear", **given},
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def _wrap_optimizer(self, optimizer: Optimizer) -> None:
         if self._total_steps is None:

@@ -95,6 +95,36 @@ def test_train_once_get_a_small_model(name, tmp_path):
     assert make(tmp_path, model=small, kind=Trainer).evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
 
 
+class Rates(TrainerCallback):
+    """The learning rate of every step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_begin(self, args, state, control, optimizer, **kwargs):
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+def test_a_stable_learning_rate_decays_in_recovery(tmp_path):
+    """It stays at its peak until the target is reached. What `lr_scheduler_kwargs` says comes first."""
+    rates, given, other = Rates(), Rates(), Rates()
+    stable = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 2}
+    make(tmp_path, extra={"callbacks": [rates]}, **stable).train()
+    assert rates.seen == pytest.approx([0, 1.5e-3] + [3e-3] * 13 + [3e-3 * left / 10 for left in range(9, 0, -1)])
+    make(tmp_path, extra={"callbacks": [given]}, lr_scheduler_kwargs={"num_decay_steps": 4}, **stable).train()
+    assert given.seen[:20] == pytest.approx([0, 1.5e-3] + [3e-3] * 18) and given.seen[-1] < 1e-3
+    make(tmp_path, extra={"callbacks": [other]}, lr_scheduler_kwargs={"decay_type": "cosine"}, **stable).train()
+    assert other.seen[:15] == pytest.approx(rates.seen[:15]) and other.seen[16] > rates.seen[16] * 1.1
+
+
+def test_a_stable_learning_rate_needs_room(tmp_path):
+    trainer = make(tmp_path / "run", lr_scheduler_type="warmup_stable_decay", warmup_steps=15)
+    with pytest.raises(
+        ValueError, match="`warmup_steps` must end before the target is reached .* got 15 and 14 of 24"
+    ):
+        trainer.train()
+
+
 def test_a_checkpoint_is_full_size_and_the_end_is_small(tmp_path):
     trainer = make(tmp_path / "run", save_strategy="steps", save_steps=8)
     trainer.train()
