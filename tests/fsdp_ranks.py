@@ -1,11 +1,10 @@
 """Runs FSDP2 on every rank of a process group, and writes what each rank held: started by torchrun, by a test.
 
 `fsdp_ranks.py MODE FOLDER`, MODE one of `bare`: HSPG in a loop of its own, in every layout, with checkpoints that it
-resumes from; `resumed`: the same run from those checkpoints, on as many ranks as torchrun starts; `gathered`: whole
+resumes from; `resumed`: the same run from those checkpoints, on as many ranks as torchrun starts and on one; `gathered`: whole
 models out of sharded ones; or `refused`: what raises, and what it says.
 """
 
-import itertools
 import resource
 import sys
 from pathlib import Path
@@ -13,8 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from families import MODELS, ONE_EACH, question_batch, tiny_model
-from ranks import GLOBAL_BATCH, STEPS, uneven
+from families import ONE_EACH, question_batch, tiny_model
+from ranks import GLOBAL_BATCH, uneven
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -30,12 +29,19 @@ from transformers import BertConfig, BertModel
 
 from hf_oto import HSPG, OTOConfig, compress, gather, partition
 
-NAME = ONE_EACH[0]
-# 33 neurons and 3 heads of 9, which no two or four ranks share evenly; the first period begins at the first step.
-CONFIG = OTOConfig(min_neurons=3, round_to=3)
-AT_ONCE = OTOConfig(min_neurons=3, round_to=3, warmup_ratio=0.0, pruning_periods=3)
-# Before the first step, in warm-up, at and behind a period's start, before and behind the last one's end.
-STOPS = (0, 2, 4, 5, 13, 14, 20)
+NAME, STEPS = ONE_EACH[0], 14
+# 33 neurons and 3 heads of 9, which no two or four ranks share evenly. Warm-up is 2 steps, a period too.
+SIZES = uneven(NAME) | {"num_hidden_layers": 2}
+CONFIG = OTOConfig(min_neurons=3, round_to=3, pruning_periods=3)
+AT_ONCE = OTOConfig(min_neurons=3, round_to=3, pruning_periods=3, warmup_ratio=0.0)
+# What is stopped before which step, and goes on from which kind of checkpoint. Not before the first: torch makes
+# Adam's state to save it, by a step that Adam counts. SGD has none, so torch takes such a step at every save.
+STOPS = {
+    ("AdamW", CONFIG): {"sharded": (1, 2, 3, 7, 8, 11), "full": (3, 11)},
+    ("AdamW", AT_ONCE): {"sharded": (1,), "full": (1,)},
+    ("SGD", CONFIG): {"sharded": (0, 5)},
+}
+RESUMED = (("sharded", 3), ("full", 11))  # on another number of ranks
 LAYOUTS = {
     "blocks": {"reshard_after_forward": True},
     "kept": {"reshard_after_forward": False},
@@ -52,8 +58,12 @@ def shard(model, layout: str):
     return fully_shard(model, **settings)
 
 
+def run_name(base: str, config: OTOConfig) -> str:
+    return f"{base}-{config.warmup_ratio}"
+
+
 def begin(layout: str, config: OTOConfig, base: str = "AdamW", dtype: torch.dtype = torch.float64):
-    model = tiny_model(NAME, **uneven(NAME)).to(dtype)
+    model = tiny_model(NAME, **SIZES).to(dtype)
     groups = partition(model)
     shard(model, layout)
     # Two parameter groups, as Trainer makes them: HSPG's own state is in the first.
@@ -63,11 +73,11 @@ def begin(layout: str, config: OTOConfig, base: str = "AdamW", dtype: torch.dtyp
     return model, HSPG(getattr(torch.optim, base)(families, lr=3e-3), groups, config, STEPS)
 
 
-def go_on(model, optimizer, until: int = STEPS, each=lambda: None) -> torch.Tensor:
+def go_on(model, optimizer, until: int = STEPS, each=lambda *run: None) -> torch.Tensor:
     """Train to a step. Gives the status of the groups after every step."""
     rank, world, history = dist.get_rank(), dist.get_world_size(), []
     while optimizer.steps_done < until:
-        each()
+        each(model, optimizer)
         whole = question_batch(model, optimizer.steps_done, GLOBAL_BATCH)
         model(**{key: value[rank::world] for key, value in whole.items()}).loss.backward()
         optimizer.step()
@@ -92,17 +102,18 @@ def held(model, optimizer, history: torch.Tensor) -> dict:
     return {key: value.detach().clone() for key, value in found.items()}
 
 
-def save(model, optimizer, folder: Path) -> None:
-    """Both kinds of checkpoint."""
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.save(state, checkpoint_id=folder / "sharded")
+def save(model, optimizer, folder: Path, kind: str) -> None:
+    if kind == "sharded":
+        state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        dcp.save(state, checkpoint_id=folder / "sharded")
+        return
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    full = {
+    state = {
         "model": get_model_state_dict(model, options=options),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
     }
     if dist.get_rank() == 0:
-        torch.save(full, folder / "full.pt")
+        torch.save(state, folder / "full.pt")
 
 
 def load(model, optimizer, folder: Path, kind: str) -> None:
@@ -125,41 +136,154 @@ def run_bare(folder: Path) -> dict:
         run = begin(layout, CONFIG, dtype=torch.float32 if layout == "bf16" else torch.float64)
         found[layout] = held(*run, go_on(*run))
 
-    for base, config in (("AdamW", CONFIG), ("AdamW", AT_ONCE), ("SGD", CONFIG)):
-        key = f"{base}-{config.warmup_ratio}"
-        model, optimizer = begin("blocks", config, base)
-        found[key] = held(model, optimizer, go_on(model, optimizer))
+    for (base, config), stops in STOPS.items():
+        key = run_name(base, config)
+        run = begin("blocks", config, base)
+        found[key] = held(*run, go_on(*run))
 
-        def stop(model=model, optimizer=optimizer, key=key):
-            if optimizer.steps_done in STOPS:
-                save(model, optimizer, folder / key / str(optimizer.steps_done))
+        def stop(model, optimizer, key=key, stops=stops):
+            for kind, steps in stops.items():
+                if optimizer.steps_done in steps:
+                    save(model, optimizer, folder / key / str(optimizer.steps_done), kind)
 
-        model, optimizer = begin("blocks", config, base)
-        stop.__defaults__ = model, optimizer, key
-        found[f"{key}-saved"] = held(model, optimizer, go_on(model, optimizer, each=stop))
-        for kind, step in itertools.product(("sharded", "full"), STOPS):
-            run = begin("whole" if step == 5 else "blocks", config, base)  # the layout may be another one
-            load(*run, folder / key / str(step), kind)
-            assert run[1].steps_done == step, (run[1].steps_done, step)
-            found[f"{key}-{kind}-{step}"] = held(*run, go_on(*run))
+        run = begin("blocks", config, base)
+        found[f"{key}-saved"] = held(*run, go_on(*run, each=stop))
+        for kind, steps in stops.items():
+            for step in steps:
+                run = begin("whole" if step == 3 else "blocks", config, base)  # the layout may be another one
+                load(*run, folder / key / str(step), kind)
+                assert run[1].steps_done == step
+                found[f"{key}-{kind}-{step}"] = held(*run, go_on(*run))
     return found
 
 
 def run_resumed(folder: Path) -> dict:
     found = {}
-    for kind, step in itertools.product(("sharded", "full"), (2, 5, 20)):
+    for kind, step in RESUMED:
         run = begin("blocks", CONFIG)
-        load(*run, folder / f"AdamW-{CONFIG.warmup_ratio}" / str(step), kind)
+        load(*run, folder / run_name("AdamW", CONFIG) / str(step), kind)
         found[f"{kind}-{step}"] = held(*run, go_on(*run))
     return found
 
 
-def main(mode: str, folder: str) -> None:
+def run_gathered(folder: Path) -> dict:
+    """Whole models, and how much more memory gathering, cutting and writing one took at its peak, in bytes."""
+    found = {}
+    for name in (*ONE_EACH, "BertForMaskedLM", "BertForSequenceClassification"):
+        model = tiny_model(name, **uneven(name)).bfloat16().train()
+        model.base_model.embeddings.word_embeddings.weight.requires_grad_(False)
+        expected = {key: value.clone() for key, value in (*model.state_dict().items(), *model.named_buffers())}
+        fully_shard(model)
+        whole = gather(model)
+        if dist.get_rank() > 0:
+            assert whole is None
+            continue
+        tensors = dict((*whole.state_dict().items(), *whole.named_buffers()))
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[key], value) for key, value in expected.items())
+        assert type(whole).__name__ == name and whole.training and whole.dtype == torch.bfloat16
+        frozen = [key for key, parameter in whole.named_parameters() if not parameter.requires_grad]
+        assert frozen == [key for key, parameter in model.named_parameters() if not parameter.requires_grad] != []
+        if name == "BertForMaskedLM":
+            assert whole.cls.predictions.decoder.weight is whole.bert.embeddings.word_embeddings.weight
+        assert type(compress(whole)).__name__ == f"OTO{name}"
+
+    model, optimizer = begin("blocks", CONFIG)
+    go_on(model, optimizer)
+    with torch.no_grad():  # leaves weights gathered, outside the blocks
+        model.eval()(**question_batch(model, 0, 2))
+    whole = gather(model)
+    found["weights"] = held(model, optimizer, torch.zeros(0))
+    if whole is not None:
+        compress(whole.float()).save_pretrained(folder / "small")
+
+    with torch.device("meta"):  # no rank ever holds all of it, but for what gathers it
+        large = BertModel(BertConfig(vocab_size=100, hidden_size=512, num_hidden_layers=8, num_attention_heads=8))
+    fully_shard(large).to_empty(device="cpu")
+    for parameter in large.parameters():
+        torch.nn.init.ones_(parameter)
+    found["bytes"] = sum(parameter.numel() * parameter.element_size() for parameter in large.parameters())
+    before = peak()
+    whole = gather(large)
+    if whole is not None:
+        whole.save_pretrained(folder / "large")
+    found["more"] = peak() - before
+    return found
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def run_refused(folder: Path) -> dict:
+    found = {}
+
+    def refused(key, made) -> None:
+        try:
+            made()
+        except ValueError as error:
+            found[key] = str(error)
+
+    def hspg(model, groups=None) -> HSPG:
+        groups = groups or partition(model)
+        return HSPG(torch.optim.AdamW(model.named_parameters(), lr=3e-3), groups, CONFIG, STEPS)
+
+    def tensor_parallel(model, mesh):
+        plan = {}
+        for name in ("attention.self.query", "attention.self.key", "attention.self.value", "intermediate.dense"):
+            plan[name] = ColwiseParallel()
+        plan |= {"attention.output.dense": RowwiseParallel(), "output.dense": RowwiseParallel()}
+        for block in model.bert.encoder.layer:
+            parallelize_module(block, mesh, plan)
+        return model
+
+    model = tensor_parallel(tiny_model(NAME), init_device_mesh("cpu", (2,)))
+    refused("tensor parallel", lambda: hspg(model))
+
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    both = fully_shard(tensor_parallel(tiny_model(NAME), mesh["tp"]), mesh=mesh["dp"])
+    refused("tensor parallel and FSDP2", lambda: hspg(both))
+
+    part = tiny_model(NAME)
+    fully_shard(part.bert.encoder.layer[0])
+    refused("one block", lambda: hspg(part))
+
+    late = tiny_model(NAME)
+    optimizer = hspg(late)
+    before = {key: value.clone() for key, value in late.state_dict().items()}
+    fully_shard(late.bert.encoder.layer[0])
+    named = dict(late.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [named[name] for name in group["param_names"]]
+    late(**question_batch(late)).loss.backward()
+    refused("one block, later", optimizer.step)
+    for key, value in late.state_dict().items():
+        assert torch.equal(value.full_tensor() if isinstance(value, DTensor) else value, before[key])
+
+    whole = tiny_model(NAME)
+    refused("gather a whole one", lambda: gather(whole))
+    refused("compress a sharded one", lambda: compress(fully_shard(tiny_model(NAME))))
+    return found
+
+
+RUNS = {"bare": run_bare, "resumed": run_resumed, "gathered": run_gathered, "refused": run_refused}
+
+
+def main(modes: str, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    made = {"bare": run_bare, "resumed": run_resumed}[mode](Path(folder))
-    torch.save(made, Path(folder) / f"{mode}-{dist.get_world_size()}-{dist.get_rank()}.pt")
+    for mode in modes.split(","):
+        run(mode, Path(folder))
+    rank = dist.get_rank()
     dist.destroy_process_group()
+    if modes == "resumed" and rank == 0:  # on one rank as well
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        run(modes, Path(folder))
+        dist.destroy_process_group()
+
+
+def run(mode: str, folder: Path) -> None:
+    torch.save(RUNS[mode](folder), folder / f"{mode}-{dist.get_world_size()}-{dist.get_rank()}.pt")
 
 
 if __name__ == "__main__":
