@@ -1,8 +1,8 @@
 """Runs FSDP2 on every rank of a process group, and writes what each rank held: started by torchrun, by a test.
 
-`fsdp_ranks.py MODE FOLDER`, MODE one of `bare`: HSPG in a loop of its own, in every layout, with checkpoints that it
-resumes from; `resumed`: the same run from those checkpoints, on as many ranks as torchrun starts and on one; `gathered`: whole
-models out of sharded ones; or `refused`: what raises, and what it says.
+`fsdp_ranks.py MODES FOLDER`, MODES some of `bare`: HSPG in a loop of its own, in every layout, with checkpoints that it
+resumes from; `resumed`: the same run from those checkpoints, on as many ranks as torchrun starts, and then on one;
+`gathered`: whole models out of sharded ones; `refused`: what raises, and what it says.
 """
 
 import resource
