@@ -1,10 +1,11 @@
 """Runs FSDP2 on every rank of a process group, and writes what each rank held: started by torchrun, by a test.
 
-`fsdp_ranks.py MODES FOLDER`, MODES some of `bare`: HSPG in a loop of its own, in every layout, with checkpoints that it
-resumes from; `resumed`: the same run from those checkpoints, on as many ranks as torchrun starts, and then on one;
-`gathered`: whole models out of sharded ones; `refused`: what raises, and what it says.
+`fsdp_ranks.py MODES FOLDER`, MODES some of `bare`: HSPG in a loop of its own, in every layout, with checkpoints that
+it resumes from; `resumed`: the same run from those checkpoints, on as many ranks as torchrun starts, and then on one;
+`gathered`: whole models out of sharded ones; `trainer`: OTOTrainer; `refused`: what raises, and what it says.
 """
 
+import os
 import resource
 import sys
 from pathlib import Path
@@ -12,6 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerate import ParallelismConfig
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from families import ONE_EACH, question_batch, tiny_model
 from ranks import GLOBAL_BATCH, uneven
 from torch.distributed.checkpoint.state_dict import (
@@ -25,9 +29,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from transformers import BertConfig, BertModel
+from transformers import AutoModelForQuestionAnswering, BertConfig, BertModel, TrainerCallback, TrainingArguments
+from transformers.distributed import DistributedConfig
 
-from hf_oto import HSPG, OTOConfig, compress, gather, partition
+from hf_oto import HSPG, OTOConfig, OTOTrainer, compress, gather, partition
 
 NAME, STEPS = ONE_EACH[0], 14
 # 33 neurons and 3 heads of 9, which no two or four ranks share evenly. Warm-up is 2 steps, a period too.
@@ -260,13 +265,113 @@ def run_refused(folder: Path) -> dict:
     for key, value in late.state_dict().items():
         assert torch.equal(value.full_tensor() if isinstance(value, DTensor) else value, before[key])
 
+    def refused_by_trainer(key, environment=None, model=None, **settings) -> None:
+        os.environ.update(environment or {})
+        refused(key, lambda: trainer_of(arguments(folder / "never", **settings), model))
+        for name in environment or {}:
+            del os.environ[name]
+
+    full, launched = sharded_by_accelerate("FULL_STATE_DICT"), {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
+    refused_by_trainer("fsdp on the CPU", accelerator=False, **full)
+    refused_by_trainer("fsdp on the CPU, by the launcher", launched, accelerator=False)
+    refused_by_trainer("FSDP1", **sharded_by_accelerate("FULL_STATE_DICT", fsdp_version=1))
+    refused_by_trainer("activation", **sharded_by_accelerate("FULL_STATE_DICT", activation_checkpointing=True))
+    refused_by_trainer("XLA", **sharded_by_accelerate("FULL_STATE_DICT", xla=True))
+    refused_by_trainer("a push", push_to_hub=True, **full)
+    refused_by_trainer("tensor parallel Trainer", parallelism_config=ParallelismConfig(tp_size=2))
+    refused_by_trainer("context parallel Trainer", parallelism_config=ParallelismConfig(cp_size=2))
+    refused_by_trainer("tensor parallel model", model=tensor_parallel(tiny_model(NAME), mesh["tp"]))
+    dist.barrier()
+    assert not (folder / "never").exists()
+    refused_by_trainer("FSDP1, by the launcher", launched)
+
     whole = tiny_model(NAME)
     refused("gather a whole one", lambda: gather(whole))
     refused("compress a sharded one", lambda: compress(fully_shard(tiny_model(NAME))))
     return found
 
 
-RUNS = {"bare": run_bare, "resumed": run_resumed, "gathered": run_gathered, "refused": run_refused}
+def arguments(folder: Path, accelerator: bool = True, **settings) -> TrainingArguments:
+    """
+    Trainer's arguments. accelerate shards nothing on the CPU, so by default it is told that this is an accelerator:
+    all that follows is what it does on one, but over gloo.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=True, backend="gloo")
+    if accelerator:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    defaults = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 3e-3,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "accelerator_config": {"use_configured_state": True},
+    }
+    return TrainingArguments(str(folder), **defaults | settings)
+
+
+def sharded_by_accelerate(state_dict_type: str, **settings) -> dict:
+    config = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"], "state_dict_type": state_dict_type}
+    return {"fsdp": True, "fsdp_config": config | settings}
+
+
+def trainer_of(args: TrainingArguments, model=None) -> OTOTrainer:
+    model = model or tiny_model(NAME, **SIZES)
+    questions = question_batch(model, size=32)
+    rows = [{key: value[row] for key, value in questions.items()} for row in range(32)]
+    return OTOTrainer(model=model, args=args, oto_config=CONFIG, train_dataset=rows, eval_dataset=rows)
+
+
+def trained(trainer: OTOTrainer, checkpoint: Path | None = None) -> dict:
+    history = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            history.append(trainer.hspg.param_groups[0]["hspg_status"].clone())
+
+    trainer.add_callback(Watch())
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    parameters = [parameter for group in trainer.hspg.param_groups for parameter in group["params"]]
+    assert all(isinstance(parameter, DTensor) for parameter in parameters)
+    return held(trainer.model, trainer.hspg, torch.stack(history))
+
+
+def run_trainer(folder: Path) -> dict:
+    found = {}
+    if dist.get_rank() == 0:
+        tiny_model(NAME, **SIZES).save_pretrained(folder / "dense")
+    dist.barrier()
+    model = AutoModelForQuestionAnswering.from_pretrained(
+        folder / "dense", distributed_config=DistributedConfig(fsdp_size=2)
+    )
+    trainer = trainer_of(arguments(folder / "loaded", accelerator=False, save_strategy="no"), model)
+    found["loaded"] = trained(trainer)
+    trainer.save_model(folder / "loaded")
+
+    ways = {
+        "full": {"metric_for_best_model": "loss", "eval_strategy": "steps", "load_best_model_at_end": True}
+        | sharded_by_accelerate("FULL_STATE_DICT"),
+        "sharded": {"bf16": True} | sharded_by_accelerate("SHARDED_STATE_DICT", reshard_after_forward=False),
+    }
+    for way, settings in ways.items():
+        settings = settings | {"save_steps": 5, "eval_steps": 5}
+        found[way] = trained(trainer_of(arguments(folder / way, **settings)))
+        again = trainer_of(arguments(folder / f"{way}-resumed", **settings))
+        found[f"{way}-resumed"] = trained(again, folder / way / "checkpoint-5")
+    return found
+
+
+RUNS = {
+    "bare": run_bare,
+    "resumed": run_resumed,
+    "gathered": run_gathered,
+    "trainer": run_trainer,
+    "refused": run_refused,
+}
 
 
 def main(modes: str, folder: str) -> None:
