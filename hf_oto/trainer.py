@@ -124,7 +124,9 @@ class OTOTrainer(Trainer):
     # Before the first step.
 
     def _check_supported(self) -> None:
-        """Refuse what would train something else than it says."""
+        """Refuse what would train something else than it says, and what only accelerate knows of."""
+        if self.is_deepspeed_enabled:
+            raise ValueError(_NO_DEEPSPEED)
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
             raise ValueError(_NO_FSDP1)
         if self.args.n_gpu > 1:

@@ -1,55 +1,62 @@
 """FSDP2 in real processes: layouts, checkpoints on any number of ranks, and the whole model out of its shards."""
 
+import fcntl
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import fsdp_ranks
 import pytest
 import torch
 from families import counts, largest_difference, outputs, removed_and_next, tiny_model
-from transformers import AutoModelForQuestionAnswering
+from transformers import AutoModelForQuestionAnswering, TrainingArguments
 
-from hf_oto import budget, partition
+from hf_oto import OTOTrainer, budget, partition
 from hf_oto.groups import zero_groups
 from hf_oto.hspg import ZERO
 
 pytestmark = pytest.mark.slow
 
 
-def launch(modes, folder, ranks):
-    script = str(Path(__file__).with_name("fsdp_ranks.py"))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), script]
-        + [modes, str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 class Runs:
-    """What each rank held; a launch happens once, when it is first asked for."""
+    """What each rank held. A launch happens once, when it is first asked for, by whichever worker that is."""
+
+    LAUNCHES = {"bare,gathered,refused,trainer": 2, "resumed": 4}
 
     def __init__(self, folder):
-        self.folder, self.launched = folder, set()
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
 
     def __call__(self, mode, rank=0, ranks=2):
-        modes, processes = ("bare,gathered,refused,trainer", 2) if mode != "resumed" else ("resumed", 4)
         if mode == "resumed":
             self("bare")  # whose checkpoints they are
-        if modes not in self.launched:
-            launch(modes, self.folder, processes)
-            self.launched.add(modes)
+        modes = next(modes for modes in self.LAUNCHES if mode in modes.split(","))
+        said = self.folder / f"{modes}.txt"
+        with open(self.folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not said.exists():
+                said.write_text(self.launch(modes))
+        assert said.read_text() == ""
         return torch.load(self.folder / f"{mode}-{ranks}-{rank}.pt", weights_only=True)
+
+    def launch(self, modes):
+        ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.LAUNCHES[modes])]
+        done = subprocess.run(
+            [sys.executable, *ranks, str(Path(__file__).with_name("fsdp_ranks.py")), modes, str(self.folder)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        return done.stderr[-4000:] if done.returncode else ""
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    return Runs(tmp_path_factory.mktemp("fsdp"))
+    folder = tmp_path_factory.getbasetemp()
+    return Runs((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "fsdp")
 
 
 def same(actual, expected):
@@ -171,3 +178,17 @@ def test_trainer_resumes_to_the_bit(ran, way):
 )
 def test_what_cannot_be_handled_is_refused_on_every_rank(ran, case, says):
     assert all(says in ran("refused", rank)[case] for rank in (0, 1))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_is_refused_by_name(stage, tmp_path):
+    settings = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 2}
+    plain = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "report_to": []}
+    if find_spec("deepspeed"):
+        args = TrainingArguments(deepspeed=settings, **plain)
+    else:  # which the arguments ask for, when they are made with these settings
+        args = TrainingArguments(**plain)
+        args.deepspeed = settings
+    with pytest.raises(ValueError, match="`deepspeed` is not supported by OTOTrainer: ZeRO-1, ZeRO-2 and ZeRO-3 keep"):
+        OTOTrainer(model=tiny_model(fsdp_ranks.NAME), args=args)
+    assert not (tmp_path / "run").exists()
