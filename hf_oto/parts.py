@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from .groups import GroupArray
@@ -118,6 +119,13 @@ def _shards(parameter: Tensor) -> tuple[tuple[Any, int], ...]:
     if not isinstance(parameter, DTensor):
         return ()
     return tuple((parameter.device_mesh, axis) for axis, kind in enumerate(parameter.placements) if kind.is_shard())
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model's weights are spread over ranks, even if they are gathered just now, for a forward pass."""
+    return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
+        isinstance(parameter, DTensor) for parameter in model.parameters()
+    )
 
 
 def check_sharding(parameters: Mapping[str, Tensor]) -> None:

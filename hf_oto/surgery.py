@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -19,6 +18,7 @@ from .architectures import BLOCK_SPECS, dense_model_type
 from .contexts import evaluating
 from .groups import Partition, partition, zero_groups
 from .modeling import CONFIGS, BiasOnly, layer_counts, pruned_heads, replace_module, resize_heads, resize_neurons
+from .parts import is_sharded
 
 # What became of a parameter in a cut: its smaller successor (None where nothing is left), the dim, and what was kept.
 Cut = tuple[nn.Parameter | None, int, Tensor]
@@ -305,13 +305,6 @@ def _empty_pruned(model: PreTrainedModel, heads: Sequence[int], neurons: Sequenc
     """A pruned model with the task of `model`, as [`_empty_model`] makes it."""
     config = pruned_config(model.config, heads, neurons)
     return _empty_model(_pruned_class(model, config), model, config)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether a model's weights are spread over ranks, even if they are gathered just now, for a forward pass."""
-    return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
-        isinstance(parameter, DTensor) for parameter in model.parameters()
-    )
 
 
 def _class_of(model: PreTrainedModel) -> Any:

@@ -27,9 +27,9 @@ from .contexts import folder_beside
 from .distillation import IGNORED, hidden_states_loss, load_teacher, logits_loss, task_of
 from .groups import partition
 from .hspg import HSPG
-from .parts import check_sharding
+from .parts import check_sharding, is_sharded
 from .report import card_section, summarize
-from .surgery import block_counts, check_compressible, compress, gather, is_sharded, shrink
+from .surgery import block_counts, check_compressible, compress, gather, shrink
 
 logger = logging.get_logger(__name__)
 

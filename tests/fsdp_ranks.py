@@ -32,7 +32,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers import AutoModelForQuestionAnswering, BertConfig, BertModel, TrainerCallback, TrainingArguments
 from transformers.distributed import DistributedConfig
 
-from hf_oto import HSPG, OTOConfig, OTOTrainer, compress, gather, partition
+from hf_oto import HSPG, OTOConfig, OTOTrainer, compress, gather, partition, summarize
 
 NAME, STEPS = ONE_EACH[0], 14
 # 33 neurons and 3 heads of 9, which no two or four ranks share evenly. Warm-up is 2 steps, a period too.
@@ -287,7 +287,9 @@ def run_refused(folder: Path) -> dict:
 
     whole = tiny_model(NAME)
     refused("gather a whole one", lambda: gather(whole))
-    refused("compress a sharded one", lambda: compress(fully_shard(tiny_model(NAME))))
+    sharded = fully_shard(tiny_model(NAME))
+    refused("compress a sharded one", lambda: compress(sharded))
+    refused("sum up a sharded one", lambda: summarize(sharded))
     return found
 
 
