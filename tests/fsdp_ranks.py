@@ -42,11 +42,11 @@ AT_ONCE = OTOConfig(min_neurons=3, round_to=3, pruning_periods=3, warmup_ratio=0
 # What is stopped before which step, and goes on from which kind of checkpoint. Not before the first: torch makes
 # Adam's state to save it, by a step that Adam counts. SGD has none, so torch takes such a step at every save.
 STOPS = {
-    ("AdamW", CONFIG): {"sharded": (1, 2, 3, 7, 8, 11), "full": (3, 11)},
+    ("AdamW", CONFIG): {"sharded": (1, 2, 3, 7, 8, 11), "full": (3, 7, 11)},
     ("AdamW", AT_ONCE): {"sharded": (1,), "full": (1,)},
     ("SGD", CONFIG): {"sharded": (0, 5)},
 }
-RESUMED = (("sharded", 3), ("full", 11))  # on another number of ranks
+RESUMED = (("sharded", 3, 1), ("full", 11, 1), ("full", 7, 2))  # on other ranks: kind, step, replicas of the shards
 LAYOUTS = {
     "blocks": {"reshard_after_forward": True},
     "kept": {"reshard_after_forward": False},
@@ -55,8 +55,11 @@ LAYOUTS = {
 }
 
 
-def shard(model, layout: str):
-    settings = LAYOUTS[layout]
+def shard(model, layout: str, replicas: int = 1):
+    settings = dict(LAYOUTS[layout])
+    if replicas > 1:
+        sizes = (replicas, dist.get_world_size() // replicas)
+        settings["mesh"] = init_device_mesh("cpu", sizes, mesh_dim_names=("replicas", "shards"))
     if layout != "whole":
         for block in model.base_model.encoder.layer:
             fully_shard(block, **settings)
@@ -67,10 +70,10 @@ def run_name(base: str, config: OTOConfig) -> str:
     return f"{base}-{config.warmup_ratio}"
 
 
-def begin(layout: str, config: OTOConfig, base: str = "AdamW", dtype: torch.dtype = torch.float64):
+def begin(layout: str, config: OTOConfig, base: str = "AdamW", dtype: torch.dtype = torch.float64, replicas: int = 1):
     model = tiny_model(NAME, **SIZES).to(dtype)
     groups = partition(model)
-    shard(model, layout)
+    shard(model, layout, replicas)
     # Two parameter groups, as Trainer makes them: HSPG's own state is in the first.
     decayed = [named for named in model.named_parameters() if named[1].dim() > 1]
     others = [named for named in model.named_parameters() if named[1].dim() == 1]
@@ -164,10 +167,11 @@ def run_bare(folder: Path) -> dict:
 
 def run_resumed(folder: Path) -> dict:
     found = {}
-    for kind, step in RESUMED:
-        run = begin("blocks", CONFIG)
-        load(*run, folder / run_name("AdamW", CONFIG) / str(step), kind)
-        found[f"{kind}-{step}"] = held(*run, go_on(*run))
+    for kind, step, replicas in RESUMED:
+        if replicas <= dist.get_world_size():
+            run = begin("blocks", CONFIG, replicas=replicas)
+            load(*run, folder / run_name("AdamW", CONFIG) / str(step), kind)
+            found[f"{kind}-{replicas}-{step}"] = held(*run, go_on(*run))
     return found
 
 

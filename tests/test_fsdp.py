@@ -107,7 +107,7 @@ def test_saving_changes_nothing_and_every_stop_resumes_to_the_bit(ran):
 def test_another_number_of_ranks_goes_on_from_the_same_checkpoints(ran, ranks):
     expected = ran("bare")[fsdp_ranks.run_name("AdamW", fsdp_ranks.CONFIG)]
     found = [ran("resumed", rank, ranks) for rank in range(ranks)]
-    assert len(found[0]) == 2
+    assert len(found[0]) == (3 if ranks == 4 else 2)
     for key in found[0]:
         assert all(same(other[key], found[0][key]) for other in found)
         step = int(key.rpartition("-")[2])
@@ -164,7 +164,7 @@ def test_trainer_resumes_to_the_bit(ran, way):
         ("one block, later", "Call `fully_shard` on the whole model"),
         ("gather a whole one", "`model` must be sharded"),
         ("compress a sharded one", "`model` must be whole, got one that is spread over ranks. Pass what `gather`"),
-        ("sum up a sharded one", "`model` must be whole, got one that is spread over ranks. Pass what `gather`"),
+        ("sum up a sharded one", "`model` must be whole, got one spread over ranks. Pass what `gather`"),
         ("fsdp on the CPU", "`fsdp` is not supported on the CPU: accelerate ignores it there"),
         ("fsdp on the CPU, by the launcher", "`fsdp` is not supported on the CPU: accelerate ignores it there"),
         ("FSDP1", "FSDP1 is not supported by OTOTrainer"),
