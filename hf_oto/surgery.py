@@ -90,7 +90,9 @@ def gather(model: PreTrainedModel) -> PreTrainedModel | None:
     """
     if not is_sharded(model):
         raise ValueError("`model` must be sharded, got one that is whole. Pass it to `compress` as it is.")
-    whole = _empty_model(_class_of(model), model, copy.deepcopy(model.config))
+    config = copy.deepcopy(model.config)
+    vars(config).pop("distributed_config", None)  # with which a save would wait for the other ranks
+    whole = _empty_model(_class_of(model), model, config)
     _check_parameters(whole, dict(model.named_parameters(remove_duplicate=False)), {})
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() > 0:

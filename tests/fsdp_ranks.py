@@ -357,6 +357,8 @@ def run_trainer(folder: Path) -> dict:
     trainer = trainer_of(arguments(folder / "loaded", accelerator=False, save_strategy="no"), model)
     found["loaded"] = trained(trainer)
     trainer.save_model(folder / "loaded")
+    whole = gather(model)
+    assert whole is None or getattr(whole.config, "distributed_config", None) is None  # it is distributed no more
 
     ways = {
         "full": {"metric_for_best_model": "loss", "eval_strategy": "steps", "load_best_model_at_end": True}
