@@ -164,7 +164,7 @@ def test_trainer_resumes_to_the_bit(ran, way):
         ("one block, later", "Call `fully_shard` on the whole model"),
         ("gather a whole one", "`model` must be sharded"),
         ("compress a sharded one", "`model` must be whole, got one that is spread over ranks. Pass what `gather`"),
-        ("sum up a sharded one", "`model` must be whole, got one spread over ranks. Pass what `gather`"),
+        ("sum up a sharded one", "`model` must be whole, got one that is spread over ranks. Pass what `gather`"),
         ("fsdp on the CPU", "`fsdp` is not supported on the CPU: accelerate ignores it there"),
         ("fsdp on the CPU, by the launcher", "`fsdp` is not supported on the CPU: accelerate ignores it there"),
         ("FSDP1", "FSDP1 is not supported by OTOTrainer"),
