@@ -5,8 +5,18 @@ from .config import OTOConfig
 from .groups import partition
 from .hspg import HSPG
 from .report import summarize
-from .surgery import compress, shrink
+from .surgery import compress, gather, shrink
 from .trainer import OTOTrainer
 
-__all__ = ["HSPG", "OTOConfig", "OTOTrainer", "QuestionAnswerer", "compress", "partition", "shrink", "summarize"]
+__all__ = [
+    "HSPG",
+    "OTOConfig",
+    "OTOTrainer",
+    "QuestionAnswerer",
+    "compress",
+    "gather",
+    "partition",
+    "shrink",
+    "summarize",
+]
 __version__ = "0.1.0"

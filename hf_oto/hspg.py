@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from . import budget
 from .config import OTOConfig
 from .groups import GroupArray, Partition
-from .parts import Part, from_first_rank, local, parts_of, sum_over_shards
+from .parts import Part, check_sharding, from_first_rank, local, parts_of, sum_over_shards
 from .saliency import mask_derivatives, saliency_of, update_saliency
 from .schedule import Schedule
 
@@ -93,8 +93,8 @@ class HSPG(Optimizer):
             Optimizer steps of the run, N.
 
     Raises:
-        `ValueError`: Parameters without names, groups whose weights are not in the optimizer, a target that cannot be
-            reached, or a schedule that does not fit in the run.
+        `ValueError`: Parameters without names, groups whose weights are not in the optimizer or sharded in another way
+            than by FSDP2's `fully_shard`, a target that cannot be reached, or a schedule that does not fit in the run.
 
     Example:
 
@@ -113,6 +113,7 @@ class HSPG(Optimizer):
         self._check_names()
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self._share()
+        check_sharding(self._owned())
         self._first_group.setdefault(_STEP, 0)
         self._first_group.setdefault(_SETTINGS, json.dumps(self._settings(), sort_keys=True))
 
@@ -131,6 +132,7 @@ class HSPG(Optimizer):
         self._acting: list[Part] | None = None  # parts of the groups that the penalty acts on
         self._frozen: list[Part] | None = None  # parts of the groups that are zero
         self._settled = False  # whether they stay zero by themselves
+        self._checked = False  # whether the parameters are sharded in a way that is supported
 
     def _present(self, partition: Partition) -> list[GroupArray]:
         return [array for array in partition.arrays if array.kind in self.config.structures and array.count]
@@ -397,8 +399,14 @@ class HSPG(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._checked:  # accelerate shards them after the construction
+            check_sharding(self._owned())
+            self._checked = True
         if _STATUS not in self._first_group:
             self._begin()
+        if self._makes_state():
+            self.base_optimizer.step()
+            return loss
         self._remember()
         step = self.steps_done
         if self.config.target_sparsity and self.schedule.starts_period(step):
@@ -425,6 +433,21 @@ class HSPG(Optimizer):
         sum_over_shards(sums_2G, [part.parameter for _, part in parts])
         self._first_group[_SALIENCY] = torch.zeros(self._num_groups, device=device)
         self._first_group[_STATUS] = (sums_2G == 0).any(dim=0).to(torch.uint8) * ZERO
+
+    def _makes_state(self) -> bool:
+        """
+        Whether a step is none of the run: `torch.distributed.checkpoint` takes one with zero step sizes and gradients,
+        so that the base optimizer makes the state which is then saved or filled. No weight may move in it.
+        """
+        if self.state or any(group.get("lr") != 0 for group in self.param_groups):
+            return False
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        if not gradients:
+            return False
+        found = torch.stack([gradient.count_nonzero() for gradient in gradients]).sum()
+        sum_over_shards(found, self._owned().values())
+        return not bool(found)
 
     @property
     def _num_groups(self) -> int:
@@ -542,6 +565,11 @@ class HSPG(Optimizer):
             for group in self.param_groups
             for name, parameter in zip(group["param_names"], group["params"], strict=True)
         }
+
+    def _owned(self) -> dict[str, Tensor]:
+        """The parameters that groups own a part of, by name."""
+        places = self._places()
+        return {name: places[name][0] for array in self._arrays for name, _ in array.members}
 
     def _all_groups(self) -> list[Tensor]:
         return [torch.arange(array.count) for array in self._arrays]

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
 
 from .groups import GroupArray
 
@@ -120,12 +121,39 @@ def _shards(parameter: Tensor) -> tuple[tuple[Any, int], ...]:
     return tuple((parameter.device_mesh, axis) for axis, kind in enumerate(parameter.placements) if kind.is_shard())
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model's weights are spread over ranks, even if they are gathered just now, for a forward pass."""
+    return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
+        isinstance(parameter, DTensor) for parameter in model.parameters()
+    )
+
+
+def check_sharding(parameters: Mapping[str, Tensor]) -> None:
+    """
+    Raise `ValueError` unless parameters are whole, or all of them sharded as FSDP2 does it: along dim 0, over one mesh
+    dimension. Tensor parallelism shards some of them along dim 1, or a second time along dim 0.
+    """
+    for name, parameter in parameters.items():
+        if isinstance(parameter, DTensor):
+            sharded = [placement for placement in parameter.placements if not placement.is_replicate()]
+            if any(type(placement) is not Shard or placement.dim != 0 for placement in sharded) or len(sharded) > 1:
+                raise ValueError(
+                    f"{name!r} is placed as {tuple(parameter.placements)} on {parameter.device_mesh}, as tensor "
+                    f"parallelism places weights, which HSPG does not support. Shard the weights of zero-invariant "
+                    f"groups with `fully_shard` alone: along dim 0, over one mesh dimension."
+                )
+    if len({_shards(parameter) for parameter in parameters.values()}) > 1:
+        whole = [name for name, parameter in parameters.items() if not _shards(parameter)]
+        raise ValueError(
+            f"The weights of zero-invariant groups must be sharded alike: over the same mesh dimension, or not at "
+            f"all. {len(whole)} of {len(parameters)} are whole{f' ({whole[0]!r}, …)' if whole else ''}. Call "
+            f"`fully_shard` on the whole model."
+        )
+
+
 def sum_over_shards(sums: Tensor, parameters: Iterable[Tensor]) -> None:
     """Add what the other ranks' shards gave to sums over this rank's shards, in place."""
-    layouts = {_shards(parameter) for parameter in parameters}
-    if len(layouts) > 1:
-        raise ValueError("The weights of zero-invariant groups must be sharded alike: over the same mesh dimension.")
-    for mesh, axis in layouts.pop():
+    for mesh, axis in _shards(next(iter(parameters))):
         dist.all_reduce(sums, group=mesh.get_group(axis))
 
 

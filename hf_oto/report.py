@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from .architectures import BLOCK_SPECS
 from .budget import group_cost
 from .groups import Partition, partition, zero_groups
+from .parts import is_sharded
 
 TEXT_WIDTH = 100
 
@@ -159,11 +160,15 @@ def summarize(model_or_partition: PreTrainedModel | Partition, *, sequence_lengt
         [`Summary`]
 
     Raises:
-        `ValueError`: The model is not supported or holds no weights, or `sequence_length` is below 1.
+        `ValueError`: The model is not supported, is sharded or holds no weights, or `sequence_length` is below 1.
     """
     if isinstance(model_or_partition, Partition):
         kept = [array.count for array in model_or_partition.arrays]
     else:
+        if is_sharded(model_or_partition):
+            raise ValueError(
+                "`model` must be whole, got one that is spread over ranks. Pass what `gather` makes of it."
+            )
         parameters = dict(model_or_partition.named_parameters())
         if any(parameter.is_meta for parameter in parameters.values()):
             raise ValueError("`model` must hold its weights, got the meta device's. Sum up its `partition` instead.")

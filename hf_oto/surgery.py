@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -14,6 +18,7 @@ from .architectures import BLOCK_SPECS, dense_model_type
 from .contexts import evaluating
 from .groups import Partition, partition, zero_groups
 from .modeling import CONFIGS, BiasOnly, layer_counts, pruned_heads, replace_module, resize_heads, resize_neurons
+from .parts import is_sharded
 
 # What became of a parameter in a cut: its smaller successor (None where nothing is left), the dim, and what was kept.
 Cut = tuple[nn.Parameter | None, int, Tensor]
@@ -45,13 +50,60 @@ def compress(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if any(parameter.is_meta for parameter in parameters.values()):
         raise ValueError("`model` must hold its weights, got parameters on the meta device. Load them first.")
+    if is_sharded(model):
+        raise ValueError("`model` must be whole, got one that is spread over ranks. Pass what `gather` makes of it.")
     kept = [~zero_groups(array, parameters) for array in groups.arrays]
     heads, neurons = ([int(keep.sum()) for keep in kept[offset::2]] for offset in (0, 1))
-    cut = _empty_model(model, pruned_config(model.config, heads, neurons))
+    cut = _empty_pruned(model, heads, neurons)
     _fill(cut, parameters, dict(model.named_buffers(remove_duplicate=False)), _indices(groups, kept))
     cut.train(model.training)
     _compare(model, cut, _example(model) if example_inputs is None else example_inputs, atol)
     return cut
+
+
+@torch.no_grad()
+def gather(model: PreTrainedModel) -> PreTrainedModel | None:
+    """
+    Gather a model that FSDP2's `fully_shard` has spread over ranks, so that [`compress`] can cut it.
+
+    Every rank has to call it. The weights are gathered one by one, and only the first rank keeps them, on the CPU: it
+    needs room for one whole model, the others for one weight.
+
+    Args:
+        model ([`PreTrainedModel`]):
+            A model whose weights are sharded. It is left as it is.
+
+    Returns:
+        [`PreTrainedModel`]: On the first rank a new, whole model of the class that it had before it was sharded, with
+        the same dtype and mode. `None` on every other rank.
+
+    Raises:
+        `ValueError`: The model is not sharded, or has other parameters than its class.
+
+    Example:
+
+    ```python
+    whole = gather(model)
+    if whole is not None:  # on the first rank
+        compress(whole).save_pretrained("small")
+    ```
+    """
+    if not is_sharded(model):
+        raise ValueError("`model` must be sharded, got one that is whole. Pass it to `compress` as it is.")
+    config = copy.deepcopy(model.config)
+    vars(config).pop("distributed_config", None)  # with which a save would wait for the other ranks
+    whole = _empty_model(_class_of(model), model, config)
+    _check_parameters(whole, dict(model.named_parameters(remove_duplicate=False)), {})
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() > 0:
+        return None
+    whole.load_state_dict(state, assign=True)
+    whole.tie_weights()
+    for name, buffer in model.named_buffers():
+        _set(whole, name, buffer.to("cpu", copy=True))
+    for name, parameter in model.named_parameters():
+        whole.get_parameter(name).requires_grad_(parameter.requires_grad)
+    return whole.train(model.training)
 
 
 class Shrinking(Protocol):
@@ -205,7 +257,7 @@ def check_compressible(model: PreTrainedModel) -> None:
     """
     groups = partition(model)
     kept = [torch.ones(array.count, dtype=torch.bool) for array in groups.arrays]
-    cut = _empty_model(model, pruned_config(model.config, groups.counts("heads"), groups.counts("neurons")))
+    cut = _empty_pruned(model, groups.counts("heads"), groups.counts("neurons"))
     _check_parameters(cut, dict(model.named_parameters(remove_duplicate=False)), _indices(groups, kept))
 
 
@@ -243,19 +295,29 @@ def pruned_config(config: PreTrainedConfig, heads: Sequence[int], neurons: Seque
     return pruned_class(**settings, attn_implementation=config._attn_implementation)
 
 
-def _empty_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """A pruned model with the task of `model`, on the meta device: no memory, no random numbers."""
-    cls = _pruned_class(model, config)
+def _empty_model(cls: Any, model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of a class with the parts that `model` has, on the meta device: no memory, no random numbers."""
     # A base model that is a part of another model may have no pooler.
     options = {"add_pooling_layer": False} if getattr(model, "pooler", model) is None else {}
     with torch.device("meta"):
         return cls(config, **options)
 
 
+def _empty_pruned(model: PreTrainedModel, heads: Sequence[int], neurons: Sequence[int]) -> PreTrainedModel:
+    """A pruned model with the task of `model`, as [`_empty_model`] makes it."""
+    config = pruned_config(model.config, heads, neurons)
+    return _empty_model(_pruned_class(model, config), model, config)
+
+
+def _class_of(model: PreTrainedModel) -> Any:
+    """The class of a model, without what `fully_shard` derives from it."""
+    return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+
+
 def _pruned_class(model: PreTrainedModel, config: PreTrainedConfig) -> Any:
     """The pruned class with the task of `model`."""
     classes = {cls.__name__: cls for _, cls in pruned_heads(type(config))}
-    name = type(model).__name__
+    name = _class_of(model).__name__
     cls = classes.get(name) or classes.get(f"OTO{name}")
     if cls is None:
         raise ValueError(
@@ -333,7 +395,7 @@ def _example(model: PreTrainedModel) -> dict[str, Tensor]:
     padding = config.pad_token_id or 0
     # RoBERTa counts positions from the padding id on.
     length = max(1, min(32, config.max_position_embeddings - padding - 1))
-    shape = (2, 2, length) if type(model).__name__.endswith("ForMultipleChoice") else (4, length)
+    shape = (2, 2, length) if _class_of(model).__name__.endswith("ForMultipleChoice") else (4, length)
     generator = torch.Generator().manual_seed(0)  # of its own: the caller's random numbers are not used up
     input_ids = torch.randint(config.vocab_size, shape, generator=generator)
     attention_mask = torch.ones_like(input_ids)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import DistributedType
 from huggingface_hub import ModelCard, upload_folder
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -32,9 +33,10 @@ from .contexts import folder_beside
 from .distillation import IGNORED, hidden_states_loss, load_teacher, logits_loss, task_of
 from .groups import partition
 from .hspg import HSPG
+from .parts import check_sharding, is_sharded
 from .report import card_section, summarize
 from .schedule import Schedule
-from .surgery import block_counts, check_compressible, compress, shrink
+from .surgery import block_counts, check_compressible, compress, gather, shrink
 
 logger = logging.get_logger(__name__)
 
@@ -44,8 +46,20 @@ _WEIGHTS = "*model*.safetensors*"  # whole, in shards, and the shards' index
 # What `output_dir` holds beside the model: upstream leaves the same out of its pushes.
 _NOT_THE_MODEL = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*")
 
+# Where FSDP2 keeps the optimizer's state in a checkpoint, in place of `OPTIMIZER_NAME`: full, or sharded.
+_SHARDED_OPTIMIZER_NAMES = ("optimizer.bin", "optimizer_0")
+
 # These step during backward, or keep weights or states that are no longer laid out as the model's weights.
 _REFUSED_OPTIMIZERS = ("lomo", "layerwise", "galore", "apollo", "schedule_free")
+
+_NO_DEEPSPEED = (
+    "`deepspeed` is not supported by OTOTrainer: ZeRO-1, ZeRO-2 and ZeRO-3 keep weights or states of their own, in "
+    "which groups cannot be found. Use `fsdp` with 'fsdp_version' 2, or DistributedDataParallel."
+)
+_NO_FSDP1 = (
+    "FSDP1 is not supported by OTOTrainer: it makes one flat vector of a block's weights, in which groups cannot be "
+    "found. Set 'fsdp_version' to 2 in `fsdp_config`."
+)
 
 
 class OTOTrainer(Trainer):
@@ -107,6 +121,7 @@ class OTOTrainer(Trainer):
                 f"`optim`={optim!r} is not supported by OTOTrainer: it steps during backward, or keeps weights or "
                 f"states that are not laid out as the model's weights. Use another, such as 'adamw_torch'."
             )
+        _check_parallelism(model, args)
         self._total_steps: int | None = None
         self._saving_checkpoint = False
         self._accumulating = False
@@ -119,11 +134,11 @@ class OTOTrainer(Trainer):
     # Before the first step.
 
     def _check_supported(self) -> None:
-        """Refuse what would train something else than it says."""
+        """Refuse what would train something else than it says, and what only accelerate knows of."""
         if self.is_deepspeed_enabled:
-            raise ValueError("`deepspeed` is not supported by OTOTrainer: it keeps its own copies of the weights.")
-        if self.is_fsdp_enabled or self.is_fsdp_xla_enabled:
-            raise ValueError("`fsdp` is not supported by OTOTrainer. HSPG itself runs under `fully_shard`.")
+            raise ValueError(_NO_DEEPSPEED)
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
+            raise ValueError(_NO_FSDP1)
         if self.args.n_gpu > 1:
             raise ValueError("DataParallel is not supported by OTOTrainer. Launch one process per GPU.")
 
@@ -197,6 +212,8 @@ class OTOTrainer(Trainer):
     def _unshrinkable(self) -> str | None:
         if self.oto_config.target_sparsity is None:
             return "`target_sparsity`=None has no pruning periods"
+        if self.is_fsdp_enabled or is_sharded(self._plain_model()):
+            return "its parameters are sharded"
         if self.args.world_size > 1:
             return "DistributedDataParallel goes by the weights that it was given"
         return None if self.hspg is None else self.hspg.unshrinkable
@@ -321,9 +338,10 @@ class OTOTrainer(Trainer):
 
     # Saving.
 
-    def compressed_model(self) -> PreTrainedModel:
+    def compressed_model(self) -> PreTrainedModel | None:
         """
-        The small model: a new one, cut out of the one in training and checked against it.
+        The small model: a new one, cut out of the one in training and checked against it. Where that is sharded, every
+        rank has to call it, and only the first one gets the small model, on the CPU; the others get `None`.
 
         Raises:
             `ValueError`: The cut model does not compute what the one in training computes.
@@ -333,7 +351,10 @@ class OTOTrainer(Trainer):
                 f"The target is not reached at step {self.hspg.steps_done} (stage {self.hspg.stage!r}): the model is "
                 f"larger than `target_sparsity`={self.oto_config.target_sparsity} asks for."
             )
-        return compress(self._plain_model())
+        model: PreTrainedModel | None = self._plain_model()
+        if is_sharded(self._plain_model()):
+            model = gather(self._plain_model())
+        return None if model is None else compress(model)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
@@ -378,8 +399,12 @@ class OTOTrainer(Trainer):
         return found[: -max(limit, len(protected))] if limit > 0 else []
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        needed = (OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME)
-        if checkpoint is not None and (lost := [name for name in needed if not Path(checkpoint, name).is_file()]):
+        optimizer = OPTIMIZER_NAME
+        if checkpoint is not None and self.is_fsdp_enabled:
+            full = "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+            optimizer = _SHARDED_OPTIMIZER_NAMES[0 if full else 1]
+        needed = (optimizer, SCHEDULER_NAME, TRAINER_STATE_NAME)
+        if checkpoint is not None and (lost := [name for name in needed if not Path(checkpoint, name).exists()]):
             raise ValueError(
                 f"{checkpoint} lacks {', '.join(lost)}: the groups that are zero and the step would be forgotten. "
                 f"Resume from a complete checkpoint, or start a new run from its weights."
@@ -399,12 +424,16 @@ class OTOTrainer(Trainer):
         if self._saving_checkpoint:
             super().save_model(output_dir, _internal_call)
             return
-        if self.args.should_save:
+        writes, small = self.args.should_save, None
+        if is_sharded(self._plain_model()):  # all ranks gather it, before the one that writes may fail
+            small = self.compressed_model()
+            writes = small is not None
+        if writes:
             self._finish_current_push()  # which may still read the files that are about to change
             with _replacing(Path(output_dir or self._output_dir)) as folder:
-                full, self.model = self.model, self.compressed_model()
+                full, self.model = self.model, small or self.compressed_model()
                 try:
-                    super().save_model(str(folder), _internal_call=True)
+                    self._save(str(folder))
                 finally:
                     self.model = full
         if self.args.push_to_hub and not _internal_call:
@@ -483,8 +512,53 @@ class OTOTrainer(Trainer):
             self.oto_config.save_pretrained(output_dir or self._output_dir)
 
 
+def _check_parallelism(model: Any, args: TrainingArguments | None) -> None:
+    """Refuse ways of training on many devices that are not supported, or that would not be what they are called."""
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        raise ValueError(
+            f"`model` is loaded with tensor parallelism (tp_size={model.tp_size}), which OTOTrainer does not support: "
+            f"it would split groups. Load it whole, or sharded by FSDP2."
+        )
+    if args is None:
+        return
+    launched = {
+        name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
+    }
+    if args.deepspeed or "DEEPSPEED" in launched:
+        raise ValueError(_NO_DEEPSPEED)
+    parallelism = args.parallelism_config
+    if parallelism is not None:
+        sizes = {name: getattr(parallelism, f"{name}_size") for name in ("tp", "cp", "sp")}
+        if split := [f"{name}_size={size}" for name, size in sizes.items() if size > 1]:
+            raise ValueError(
+                f"`parallelism_config` with {', '.join(split)} is not supported by OTOTrainer: tensor parallelism "
+                f"would split groups, context and sequence parallelism are untested. Use `dp_replicate_size` and "
+                f"`dp_shard_size` alone."
+            )
+    if (args.fsdp or "FSDP" in launched) and args.distributed_state.distributed_type == DistributedType.MULTI_CPU:
+        raise ValueError(
+            "`fsdp` is not supported on the CPU: accelerate ignores it there and would train with "
+            "DistributedDataParallel. Leave it out, or use `fully_shard` and HSPG in a loop of your own."
+        )
+    if args.fsdp:
+        if cast(dict[str, Any], args.fsdp_config).get("xla"):
+            raise ValueError("`fsdp_config` with 'xla' is not supported by OTOTrainer. Use FSDP2.")
+        if args.fsdp_plugin_args["fsdp_version"] != 2:
+            raise ValueError(_NO_FSDP1)
+        if args.fsdp_plugin_args.get("activation_checkpointing"):
+            raise ValueError(
+                "`fsdp_config` with 'activation_checkpointing' is not supported by OTOTrainer: it renames the blocks. "
+                "Use `gradient_checkpointing`=True."
+            )
+    if args.push_to_hub and (args.fsdp or is_sharded(model)):
+        raise ValueError(
+            "`push_to_hub` is not supported with a sharded model. Train without it, and upload the folder that "
+            "`save_model` wrote."
+        )
+
+
 def _check_model(model: nn.Module, config: OTOConfig) -> None:
-    """Refuse a model without groups or a pruned class, with frozen groups, or with the target behind it."""
+    """Refuse a model without groups or a pruned class, with frozen or split groups, or with the target behind it."""
     groups = partition(model)
     budget.check_target(groups, config)
     check_compressible(cast(PreTrainedModel, model))
@@ -495,6 +569,7 @@ def _check_model(model: nn.Module, config: OTOConfig) -> None:
             f"`model` has {len(frozen)} frozen parameters in zero-invariant groups ({frozen[0]!r}, …). Train them, or "
             f"leave their kind out of `structures`."
         )
+    check_sharding({name: parameters[name] for name in owned})
 
 
 def _counts(model: nn.Module) -> list[tuple[int, int]]:
@@ -521,7 +596,8 @@ def _replacing(target: Path) -> Iterator[Path]:
     """
     A folder to write into, whose files move into `target` when all is written; on an error nothing changes.
     """
-    if found := [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if (target / name).is_file()]:
+    of_checkpoints = (OPTIMIZER_NAME, SCHEDULER_NAME, *_SHARDED_OPTIMIZER_NAMES)
+    if found := [name for name in of_checkpoints if (target / name).exists()]:
         raise ValueError(
             f"{target} holds a checkpoint to resume from ({', '.join(found)}), whose weights would be lost. Save the "
             f"small model elsewhere."

@@ -22,7 +22,8 @@ LEVELS = {
 TORCH_ONLY = {"hspg", "saliency", "budget", "schedule", "parts", "groups", "architectures", "config"}
 TRAVELLING = {"modeling", "architectures"}  # copied beside the weights, where no other room is
 UNPICKLERS = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-PUBLIC = {"OTOConfig", "OTOTrainer", "HSPG", "QuestionAnswerer", "partition", "compress", "shrink", "summarize"}
+PUBLIC = {"OTOConfig", "OTOTrainer", "HSPG", "QuestionAnswerer", "partition", "compress", "gather"}
+PUBLIC |= {"shrink", "summarize"}
 
 
 def imports(tree: ast.AST) -> tuple[set[str], set[str]]:

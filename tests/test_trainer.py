@@ -539,7 +539,11 @@ def test_a_run_that_is_too_short_is_refused_before_its_first_step(tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
-@pytest.mark.parametrize("optim", ["lomo", "galore_adamw_layerwise", "schedule_free_adamw", "apollo_adamw"])
+@pytest.mark.parametrize(
+    "optim",
+    ["lomo", "adalomo", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise"]
+    + ["apollo_adamw_layerwise", "apollo_adamw", "galore_adamw", "schedule_free_adamw"],
+)
 def test_optimizers_that_step_elsewhere_are_refused_by_name(optim, tmp_path):
     with pytest.raises(ValueError, match=f"`optim`='{optim}' is not supported by OTOTrainer: it steps during"):
         make(tmp_path / "run", optim=optim)
