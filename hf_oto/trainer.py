@@ -38,7 +38,7 @@ _WEIGHTS = "*model*.safetensors*"  # whole, in shards, and the shards' index
 _NOT_THE_MODEL = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*")
 
 # These step during backward, or keep weights or states that are no longer laid out as the model's weights.
-_REFUSED_OPTIMIZERS = ("lomo", "layerwise", "galore", "apollo", "schedule_free")
+_REFUSED_OPTIMIZERS = ("lomo", "layerwise", "galore", "apollo", "schedule_free", "torch_4bit", "torch_8bit")
 
 
 class OTOTrainer(Trainer):
