@@ -417,7 +417,7 @@ class HSPG(Optimizer):
         sums_2G = torch.zeros(2, self._num_groups, device=device)  # of |x|: the silencing rows, the columns
         for name, part in parts:
             if name in silencers or name in columns:
-                part.add_sums(sums_2G[int(name in columns)], part.read().abs())
+                part.add_sums(sums_2G[int(name in columns)], part.read().abs_())
         sum_over_shards(sums_2G, [part.parameter for _, part in parts])
         self._first_group[_SALIENCY] = torch.zeros(self._num_groups, device=device)
         self._first_group[_STATUS] = (sums_2G == 0).any(dim=0).to(torch.uint8) * ZERO
