@@ -1,7 +1,9 @@
 """Checkpoints are somebody else's data: tampered configs, and files that would run code."""
 
+import ast
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,10 @@ import pytest
 import transformers
 from families import ONE_EACH, batch, outputs, tiny_model, zero_uneven
 from hostile import Checkpoint, fuzz
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+import hf_oto
+from hf_oto import OTOConfig
 from hf_oto.surgery import compress
 
 EXAMPLES = 2000
@@ -66,3 +70,64 @@ def test_none_gets_through_where_hf_oto_is_not_installed(checkpoints, tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert sum(found.values()) >= EXAMPLES and set(found) == {"refused", "do not fit", "the same"}
+
+
+# Nothing unpickles. Which modules may be imported at all is tested with the imports.
+
+
+def unpickling(source: str) -> list[str]:
+    """Calls that read or write pickles, or run what they are given."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            last = name.rpartition(".")[2]
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            unsafe = options.get("weights_only", "True") != "True" or options.get("allow_pickle", "False") != "False"
+            if name in ("torch.load", "torch.save", "eval", "exec") or "pickle" in last or unsafe:
+                found.append(name)
+    return found
+
+
+def test_no_call_in_the_package_unpickles():
+    files = sorted(Path(hf_oto.__file__).parent.glob("*.py"))
+    assert len(files) > 15
+    assert {path.name: calls for path in files if (calls := unpickling(path.read_text(encoding="utf-8")))} == {}
+    for wrong in ("torch.load(f)", "pandas.read_pickle(f)", "numpy.load(f, allow_pickle=True)", "x.unpickle(f)"):
+        assert unpickling(wrong)
+    assert unpickling("load_state_dict(f, weights_only=False)") and not unpickling("load_file(f)")
+
+
+class Attack:
+    """What makes a folder when it is unpickled."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.made),)
+
+
+def test_a_pickle_in_the_weights_place_is_not_run(checkpoints, tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text((checkpoints / ONE_EACH[0] / "config.json").read_text())
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Attack(tmp_path / "made")))
+    with pytest.raises(Exception, match="(?i)weights_only|unpickl|pickle"):
+        transformers.AutoModelForQuestionAnswering.from_pretrained(folder)
+    assert not (tmp_path / "made").exists()
+    pickle.loads((folder / "pytorch_model.bin").read_bytes())
+    assert (tmp_path / "made").exists()  # it would have
+
+
+def test_what_is_written_is_safetensors_and_json(checkpoints, tmp_path):
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(checkpoints / ONE_EACH[0])
+    compress(model).save_pretrained(tmp_path)
+    OTOConfig().save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("model.safetensors", "config.json", "oto_config.json"),
+        *("modeling.py", "architectures.py"),  # the code that loads it
+    }
+    for path in tmp_path.glob("*.json"):
+        json.loads(path.read_text(encoding="utf-8"))
+    assert load_file(tmp_path / "model.safetensors")
