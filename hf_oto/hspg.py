@@ -414,6 +414,8 @@ class HSPG(Optimizer):
         acting = self._acting_parts()
         before = [part.read() for part in acting]
         self.base_optimizer.step()
+        if step == 0:
+            self._check_state()
         if acting:
             self._project(acting, before, step)
         self._keep_zero()
@@ -429,7 +431,7 @@ class HSPG(Optimizer):
         sums_2G = torch.zeros(2, self._num_groups, device=device)  # of |x|: the silencing rows, the columns
         for name, part in parts:
             if name in silencers or name in columns:
-                part.add_sums(sums_2G[int(name in columns)], part.read().abs())
+                part.add_sums(sums_2G[int(name in columns)], part.read().abs_())
         sum_over_shards(sums_2G, [part.parameter for _, part in parts])
         self._first_group[_SALIENCY] = torch.zeros(self._num_groups, device=device)
         self._first_group[_STATUS] = (sums_2G == 0).any(dim=0).to(torch.uint8) * ZERO
@@ -448,6 +450,17 @@ class HSPG(Optimizer):
         found = torch.stack([gradient.count_nonzero() for gradient in gradients]).sum()
         sum_over_shards(found, self._owned().values())
         return not bool(found)
+
+    def _check_state(self) -> None:
+        """Refuse, at the first step and not in the middle of the run, a state of which no part can be set to zero."""
+        for name, (parameter, _) in self._places().items():
+            for value in self.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and type(value) not in (Tensor, torch.nn.Parameter, DTensor):
+                    raise TypeError(
+                        f"`base_optimizer` {type(self.base_optimizer).__name__} keeps a {type(value).__name__} for "
+                        f"{name!r}, where HSPG needs plain tensors: it sets to zero what is kept for zero groups. Use "
+                        f"another optimizer, such as AdamW."
+                    )
 
     @property
     def _num_groups(self) -> int:
@@ -513,10 +526,16 @@ class HSPG(Optimizer):
         for part in self._frozen:
             part.clear()
             part.clear(self.state)
-        self._settled = type(self.base_optimizer) in _ELEMENTWISE
+        if type(self.base_optimizer) in _ELEMENTWISE:
+            self._settled, self._frozen = True, None
 
     def _project(self, parts: list[Part], before: list[Tensor], step: int) -> None:
-        """Penalty, half-space test and projection, after the base optimizer's step."""
+        """
+        Penalty, half-space test and projection, after the base optimizer's step.
+
+        The trial iterate is written where it will stay, before it is known which groups are projected: beside the
+        weights there is one copy of those acted on, `before`, which this uses up, and of one part of them a second.
+        """
         count = self._num_groups if self.config.target_sparsity is None else self._count(REDUNDANT)
         sums_2A = torch.zeros(2, count, device=parts[0].positions_P.device)  # ‖x_g‖², ⟨x̂_g, x_g⟩
         sq_norm_A, dot_A = sums_2A
@@ -526,16 +545,17 @@ class HSPG(Optimizer):
         if published:  # the penalty itself needs the norms
             sum_over_shards(sq_norm_A, [part.parameter for part in parts])
             inverse_norm_A = sq_norm_A.sqrt().reciprocal().nan_to_num(posinf=0.0)
-        trials = []
-        for part, x in zip(parts, before, strict=True):
+        for part in parts:
+            x = before.pop(0)
             factor: Tensor | float
             if published:
                 factor = part.along(inverse_norm_A).to(x.dtype) * (part.group["lr"] * self.config.lmbda)
             else:
                 factor = 1 / self.schedule.steps_left(step)
             trial = penalized(part.read(), x, factor)
-            part.add_sums(dot_A, trial.float() * x.float())
-            trials.append(trial)
+            part.write(trial)
+            part.add_sums(dot_A, x.mul_(trial) if x.dtype == torch.float32 else trial.float() * x.float())
+            del x, trial
         sum_over_shards(dot_A if published else sums_2A, [part.parameter for part in parts])
 
         zero_A = outside_half_space(dot_A, sq_norm_A, self.config.epsilon)
@@ -544,8 +564,8 @@ class HSPG(Optimizer):
         period_ends = not published and self.schedule.steps_left(step) == 1
         if period_ends:
             zero_A = torch.ones_like(zero_A)
-        for part, trial in zip(parts, trials, strict=True):
-            part.write(trial.masked_fill_(part.along(zero_A), 0))
+        for part in parts:
+            part.write(part.read().masked_fill_(part.along(zero_A), 0))
         if published:
             self._first_group[_STATUS].masked_fill_(zero_A, ZERO)
         elif period_ends:

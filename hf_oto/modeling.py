@@ -11,7 +11,7 @@ import copy
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -27,6 +27,12 @@ from .architectures import BLOCK_SPECS, BlockSpec, dense_model_type
 
 if not hasattr(PreTrainedConfig, "per_layer_config"):
     raise ImportError(f"Pruned models need transformers 5.14 or later, got {transformers.__version__}. Upgrade it.")
+
+
+# Sizes that are no business of pruning, but of tensors that are made before the weights are looked at.
+_OTHER_SIZES = ("vocab_size", "max_position_embeddings", "type_vocab_size", "embedding_size")
+_LARGEST_SIZE = 2**31 - 1  # of products of two of them none overflows
+_MOST_LABELS = 2**20  # upstream makes up a name for each
 
 
 class PrunedConfig:
@@ -45,6 +51,8 @@ class PrunedConfig:
         `ValueError`: The counts are no counts of a model pruned from the global values; see [`layer_counts`].
     """
 
+    model_type: ClassVar[str]
+
     # Written for every block, also where a block kept all it had: the file shows the whole architecture.
     serialize_explicit_per_layer_config = True
 
@@ -62,6 +70,29 @@ class PrunedConfig:
         if value is not None:
             layer_counts(self, value)
         PreTrainedConfig.per_layer_config.fset(self, value)  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """
+        As [`~PreTrainedConfig.from_dict`]: what a `config.json` goes through.
+
+        Raises:
+            `ValueError`: A value is none that its field can have.
+        """
+        own = config_dict.get("model_type", cls.model_type)
+        if not isinstance(own, str) or dense_model_type(own) != dense_model_type(cls.model_type):
+            raise ValueError(
+                f"`model_type` must be that of {cls.__name__}, {cls.model_type!r}, got {_shortened(own)}."
+            )
+        _check_fields(config_dict)
+        try:
+            return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        except (TypeError, ValueError):
+            raise
+        except Exception as error:  # upstream has a kind of its own for a value of the wrong type
+            raise ValueError(
+                f"The config of a pruned model has a value that it cannot have: {_cut(str(error))}"
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         # Trainer reads a checkpoint's config as a plain PreTrainedConfig: it knows the number of blocks by this name.
@@ -104,15 +135,21 @@ def layer_counts(config: Any, per_layer_config: Any = None) -> list[tuple[int, i
     dense = {name: vars(config)[name] for name in (spec.heads_field, spec.width_field)}
     sizes = {"hidden_size": config.hidden_size, "head_dim": config.head_dim, **dense}
     sizes["num_hidden_layers"] = layers = config.num_hidden_layers
+    sizes |= {name: vars(config)[name] for name in _OTHER_SIZES if name in vars(config)}
     for name, size in sizes.items():
         if not _is_count(size) or size == 0:
-            raise ValueError(f"`{name}` must be a positive integer in a pruned config, got {size!r}.")
+            raise ValueError(f"`{name}` must be a positive integer in a pruned config, got {_shortened(size)}.")
+        if size > _LARGEST_SIZE:
+            raise ValueError(f"`{name}` must be at most {_LARGEST_SIZE} in a pruned config, got {_shortened(size)}.")
+    pad, rows = config.pad_token_id, sizes["vocab_size"]
+    if pad is not None and not -rows <= pad < rows:
+        raise ValueError(f"`pad_token_id` must be None or a row of the {rows} of `vocab_size`, got {_shortened(pad)}.")
     if config.head_dim * dense[spec.heads_field] != config.hidden_size:
         raise ValueError(
             f"`head_dim` * `{spec.heads_field}` must be `hidden_size` in a pruned config, got {config.head_dim} * "
             f"{dense[spec.heads_field]} and {config.hidden_size}: global values are those before pruning."
         )
-    entries = {int(key): entry for key, entry in per_layer_config.items() if re.fullmatch("[0-9]{1,9}", str(key))}
+    entries = {int(key): entry for key, entry in per_layer_config.items() if _is_number(key)}
     if not len(per_layer_config) == len(entries) == layers or set(entries) != set(range(layers)):
         raise ValueError(
             f"`per_layer_config` must have one entry for each of the {layers} blocks, got the keys "
@@ -131,12 +168,38 @@ def layer_counts(config: Any, per_layer_config: Any = None) -> list[tuple[int, i
     return [(entries[layer][spec.heads_field], entries[layer][spec.width_field]) for layer in range(layers)]
 
 
+def _check_fields(fields: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for values in a config's file that upstream takes unseen, or trips over."""
+    labels = fields.get("num_labels", 1)
+    if not _is_count(labels) or not 0 < labels <= _MOST_LABELS:
+        raise ValueError(
+            f"`num_labels` must be an integer from 1 to {_MOST_LABELS} in the file of a pruned config, got "
+            f"{_shortened(labels)}. Name the labels in `id2label` where there are more."
+        )
+    names = fields.get("id2label")
+    if names is not None and not (isinstance(names, Mapping) and all(map(_is_number, names))):
+        raise ValueError(f"`id2label` must map the labels' numbers to their names, got {_shortened(names)}.")
+    for field in ("dtype", "torch_dtype"):
+        dtype = fields.get(field)
+        dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"`{field}` must name a floating-point type of torch, got {_shortened(fields[field])}.")
+
+
+def _is_number(key: object) -> bool:
+    """Whether a key of a JSON object, or of the dict that it becomes, is an index."""
+    return re.fullmatch("[0-9]{1,9}", str(key)) is not None
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _shortened(value: object) -> str:
-    text = repr(value)
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
@@ -150,7 +213,13 @@ class PrunedModel(PreTrainedModel):
         uniform = copy.copy(config)
         uniform.per_layer_config = None
         setattr(uniform, BLOCK_SPECS[dense_model_type(config.model_type)].width_field, 1)
-        super().__init__(uniform, *args, **kwargs)
+        try:
+            super().__init__(uniform, *args, **kwargs)
+        except AssertionError as error:  # RoBERTa's positions begin behind `pad_token_id`
+            pad, rows = config.pad_token_id, config.max_position_embeddings
+            raise ValueError(
+                f"`pad_token_id`={pad} and `max_position_embeddings`={rows} do not go together: {error}."
+            ) from error
 
     def post_init(self) -> None:
         config, counts = self.__dict__.pop("_pruned")
@@ -171,35 +240,48 @@ class PrunedModel(PreTrainedModel):
         cls,
         pretrained_model_name_or_path: str | os.PathLike | None,
         *model_args: Any,
-        ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
         """
         As [`~PreTrainedModel.from_pretrained`], but strict about the blocks: weights that are missing there, left over
         or of another shape mean that config and weights are not of one model, and a new random initialization or a
-        dropped weight would pass for a result.
+        dropped weight would pass for a result. `ignore_mismatched_sizes=True` passes over a new task head.
 
         Raises:
             `ValueError`: The weights do not fit the config.
         """
-        kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        loaded: Any = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
         model, info = loaded
-        path = f".{BLOCK_SPECS[dense_model_type(model.config.model_type)].blocks}."
-        wrong = [f"{key} is missing" for key in info["missing_keys"] if path in f".{key}"]
-        wrong += [f"{key} has no place" for key in info["unexpected_keys"] if path in f".{key}"]
-        wrong += [
-            f"{key} has shape {tuple(found)} instead of {tuple(expected)}"
-            for key, found, expected in info["mismatched_keys"]
-            if path in f".{key}" or not ignore_mismatched_sizes
-        ]
-        if wrong:
-            raise ValueError(
-                f"The weights of {pretrained_model_name_or_path} do not fit its config: {_shortened(sorted(wrong))}. "
-                f"Use weights and config of the same save. `ignore_mismatched_sizes=True` passes over a new task head."
-            )
+        _check_weights(model, info, pretrained_model_name_or_path, kwargs.get("ignore_mismatched_sizes", False))
         return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        # Next, upstream allocates what is missing or of another shape, in the sizes of a config that may be anybody's.
+        found = {key: getattr(loading_info, key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+        ignored = load_config.ignore_mismatched_sizes
+        _check_weights(model, found, load_config.pretrained_model_name_or_path, ignored)
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+
+
+def _check_weights(model: Any, info: Mapping[str, Any], source: Any, ignore_mismatched_sizes: bool) -> None:
+    """Raise `ValueError` where weights, by what their loading found, are not those of the config."""
+    path = f".{BLOCK_SPECS[dense_model_type(model.config.model_type)].blocks}."
+    wrong = [f"{key} is missing" for key in info["missing_keys"] if path in f".{key}" or ".embeddings" in f".{key}"]
+    wrong += [f"{key} has no place" for key in info["unexpected_keys"] if path in f".{key}"]
+    wrong += [
+        f"{key} has shape {tuple(found)} instead of {tuple(expected)}"
+        for key, found, expected in info["mismatched_keys"]
+        if path in f".{key}" or not ignore_mismatched_sizes
+    ]
+    if wrong:
+        raise ValueError(
+            f"The weights of {source} do not fit its config: {_shortened(sorted(wrong))}. Use weights and config of "
+            f"the same save. `ignore_mismatched_sizes=True` passes over a new task head."
+        )
 
 
 def resize_heads(block: nn.Module, spec: BlockSpec, config: Any, heads: int) -> None:

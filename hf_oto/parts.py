@@ -44,10 +44,15 @@ class Part:
 
     def clear(self, state: dict[Any, dict[str, Any]] | None = None) -> None:
         """Set the weights to zero, or what the optimizer keeps for each of them."""
-        kept = [self.parameter] if state is None else state.get(self.parameter, {}).values()
-        for tensor in kept:
-            if isinstance(tensor, Tensor) and tensor.shape == self.parameter.shape:
-                local(tensor).index_fill_(self.dim, self.positions_P, 0)
+        if state is None:
+            local(self.parameter).index_fill_(self.dim, self.positions_P, 0)
+            return
+        kept, last = state.get(self.parameter, {}), self.parameter.dim()
+        for name, tensor in kept.items():
+            # AdEMAMix keeps two averages of the gradient in one tensor: the weights' dims are the last.
+            if isinstance(tensor, Tensor) and tensor.shape[-last:] == self.parameter.shape:
+                dim = self.dim + tensor.dim() - last
+                local(tensor).index_fill_(dim, self.positions_P, _zero_of(kept, name))
 
     def along(self, values_A: Tensor) -> Tensor:
         """One value per group, shaped to broadcast over the part."""
@@ -58,6 +63,17 @@ class Part:
         """Add each group's sum of entries. The sum down to one vector comes first: sharded rows are uneven."""
         sums_P = values.float() if values.dim() == 1 else values.sum(dim=1 - self.dim, dtype=torch.float32)
         sums_A.index_add_(0, self.owners_P, sums_P)
+
+
+def _zero_of(state: Mapping[str, Any], name: str) -> Tensor | int:
+    """
+    What stands for zero in a tensor of an optimizer's state: in the 8-bit states of bitsandbytes the code of zero, an
+    index into the table of values that is kept beside them (Dettmers et al., arXiv:2110.02861).
+    """
+    values = state.get(name.replace("state", "qmap"))
+    if state[name].is_floating_point() or values is None:
+        return 0
+    return values.abs().argmin().to(state[name].dtype)
 
 
 def parts_of(

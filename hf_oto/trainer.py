@@ -50,7 +50,7 @@ _NOT_THE_MODEL = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*")
 _SHARDED_OPTIMIZER_NAMES = ("optimizer.bin", "optimizer_0")
 
 # These step during backward, or keep weights or states that are no longer laid out as the model's weights.
-_REFUSED_OPTIMIZERS = ("lomo", "layerwise", "galore", "apollo", "schedule_free")
+_REFUSED_OPTIMIZERS = ("lomo", "layerwise", "galore", "apollo", "schedule_free", "torch_4bit", "torch_8bit")
 
 _NO_DEEPSPEED = (
     "`deepspeed` is not supported by OTOTrainer: ZeRO-1, ZeRO-2 and ZeRO-3 keep weights or states of their own, in "

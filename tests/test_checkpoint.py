@@ -263,7 +263,7 @@ def with_layer(**entry):
         ({"head_dim": True}, "`head_dim` must be a positive integer"),
         ({"num_attention_heads": 0}, "`num_attention_heads` must be a positive integer"),
         ({"intermediate_size": -24}, "`intermediate_size` must be a positive integer"),
-        ({"num_hidden_layers": 10**12}, "for each of the 1000000000000 blocks"),
+        ({"num_hidden_layers": 10**9}, "for each of the 1000000000 blocks"),
         ({"is_decoder": True}, "`is_decoder` must be off"),
         ({"is_decoder": True, "add_cross_attention": True}, "must be off"),
     ],

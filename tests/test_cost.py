@@ -21,6 +21,13 @@ def test_a_tiny_benchmark_measures_every_stage(tmp_path, capsys):
     ratios += [run["run"], run["step_before_shrinking"], run["step_at_the_target"], numbers["once"]["compress_ratio"]]
     assert all(math.isfinite(ratio) and ratio > 0 for ratio in ratios)
     assert 0.5 < numbers["memory"]["ratio"] < 2 and numbers["memory"]["dense"] > 10**8
+    memory, vector = numbers["optimizer_memory"], 4 * 2 * (2 + 512)  # bytes of a number for every group
+    redundant, matrix = memory["largest"]["redundant"], memory["largest"]["matrix"]
+    assert memory["recovery"]["kept"] == memory["recovery"]["peak"] == memory["warmup"]["kept"] < 2 * vector
+    assert memory["warmup"]["peak"] < 1.5 * 4 * 512 * 128  # one matrix at a time, in the first step
+    for stage in ("selection", "pruning"):  # and where the groups lie
+        assert memory[stage]["kept"] < 4 * vector and memory[stage]["peak"] < redundant + matrix + 6 * vector
+    assert memory["selection"]["peak"] > redundant > 4 * matrix  # it was measured
     shown = capsys.readouterr().out
     assert all(f"optimizer's step, {stage}" in shown for stage in cost.STAGES) and "whole run, 50%" in shown
 

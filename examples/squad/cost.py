@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,10 @@ import torch
 from outputs import write_json
 from rich.console import Console
 from rich.table import Table
+from torch import is_tensor
 from torch.optim import AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForQuestionAnswering
 
 from hf_oto import HSPG, OTOConfig, compress, partition, shrink
@@ -144,6 +148,64 @@ def whole_runs(options: argparse.Namespace, target: float) -> dict[str, float]:
     }
 
 
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors made inside it: of those still there, `now`, and the most that there were, `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        known = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if is_tensor(tensor)}
+        for tensor in filter(is_tensor, tree_leaves(made)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known and storage._cdata not in self.storages:
+                self.storages.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def _gone(self, key: int, size: int) -> None:
+        self.storages.discard(key)
+        self.now -= size
+
+
+def optimizer_memory(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """
+    Bytes that HSPG takes beside the weights and the AdamW that it wraps, stage by stage: what it keeps after a step,
+    and the most that there is in the middle of one. `redundant` is what the groups weigh that a period removes, and
+    `matrix` the part of them in one matrix, both at the most.
+    """
+    model = make_model(options.size, options.device)
+    parameters = dict(model.named_parameters())
+    for parameter in parameters.values():
+        parameter.grad = torch.randn_like(parameter)
+    inner = AdamW(parameters.items(), **RATES)
+    inner.step()  # which makes its state
+    pruning = HSPG(inner, partition(model), OTOConfig(target_sparsity=options.targets[0]), options.steps)
+    arrays = pruning.partition.arrays
+    prunable = sum(parameters[name].nbytes for array in arrays for name, _ in array.members)
+    found: dict[str, dict[str, float]] = {stage: {"kept": 0, "peak": 0} for stage in STAGES}
+    largest = {"redundant": 0.0, "matrix": 0.0}
+    live, gone = LiveBytes(), 0.0
+    zero = {(array.layer, array.kind): torch.zeros(array.count, dtype=torch.bool) for array in arrays}
+    for _ in range(options.steps):
+        numbers, live.peak = found[stage_of(pruning)], live.now
+        with live:
+            pruning.step()
+        numbers["kept"], numbers["peak"] = max(numbers["kept"], live.now), max(numbers["peak"], live.peak)
+        removed, masks = pruning.metrics()["removed_params"], pruning.zero_masks()
+        largest["redundant"] = max(largest["redundant"], (removed - gone) * prunable)
+        for array in arrays:
+            new = int((masks[array.layer, array.kind] & ~zero[array.layer, array.kind]).sum())
+            largest["matrix"] = max(largest["matrix"], parameters[array.columns].nbytes * new / array.count)
+        gone, zero = removed, masks
+    return {**found, "largest": largest}
+
+
 def memory_of(options: argparse.Namespace) -> int:
     """Bytes that a training takes at its peak, all of this process; on a GPU those of tensors."""
     model = make_model(options.size, options.device)
@@ -213,6 +275,10 @@ def result_table(numbers: dict[str, Any]) -> Table:
         table.add_row(f"whole step, {float(target):.0%}, before shrinking", f"{run['step_before_shrinking']:.2f}")
         table.add_row(f"whole step, {float(target):.0%}, at the target", f"{run['step_at_the_target']:.2f}")
         table.add_row(f"whole run, {float(target):.0%}", f"{run['run']:.2f}")
+    redundant = numbers["optimizer_memory"]["largest"]["redundant"]
+    for stage in STAGES:
+        peak = numbers["optimizer_memory"][stage]["peak"]
+        table.add_row(f"optimizer's memory beside AdamW's, {stage}, to redundant weights", f"{peak / redundant:.2f}")
     table.add_row("peak memory, not shrinking", f"{numbers['memory']['ratio']:.2f}")
     table.add_row("cut, check and save, to save and two forwards", f"{numbers['once']['compress_ratio']:.2f}")
     return table
@@ -233,6 +299,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "optimizer_step": optimizer_steps(options),
         "runs": {str(target): whole_runs(options, target) for target in options.targets},
         "memory": memory(options),
+        "optimizer_memory": optimizer_memory(options),
         "once": once(options),
     }
     write_json(options.output, numbers)
