@@ -142,7 +142,7 @@ def main() -> None:
             if not (child := os.fork()):
                 launched(options.folder / dies[0], dies)
                 os._exit(0)
-            print(dies[0], os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            print("ended:", dies[0], os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     else:
         launched(options.folder, *options.die, stops=tuple(options.resume))
 
