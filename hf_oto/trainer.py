@@ -51,7 +51,8 @@ class OTOTrainer(Trainer):
     in training and all that resuming needs; it is full-size, unless `shrink_during_training` has cut it since.
     [`~OTOTrainer.save_model`], a push to the Hub and the end of training write the small model, which
     `from_pretrained` loads. `load_best_model_at_end` considers only evaluations at the target: before it, a model
-    scores better because it is larger.
+    scores better because it is larger. `EarlyStoppingCallback` counts from there on, for the same reason. A run that
+    stops before its target ends with a checkpoint to resume from, and without a small model.
 
     Args:
         oto_config ([`OTOConfig`], *optional*):
@@ -360,17 +361,18 @@ class OTOTrainer(Trainer):
         try:
             with _writing(run / name):
                 super()._save_checkpoint(model, trial)
+                best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+                if best == name or (run / best).is_dir():
+                    self.state.best_model_checkpoint = str(run / best)
+                if self.args.should_save:
+                    self.state.save_to_json(str(made / TRAINER_STATE_NAME))  # with the best one's place
             self.accelerator.wait_for_everyone()
         except BaseException:
             shutil.rmtree(made.parent, ignore_errors=True)
             raise
         finally:
             self._saving_checkpoint = False
-        best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-        if best == name or (run / best).is_dir():
-            self.state.best_model_checkpoint = str(run / best)
         if self.args.should_save:
-            self.state.save_to_json(str(made / TRAINER_STATE_NAME))  # with the best one's place
             if (run / name).exists():
                 (run / name).rename(made.with_name("replaced"))
             made.rename(run / name)

@@ -88,9 +88,10 @@ def held(trainer: OTOTrainer) -> dict:
 
 
 def differences(one, other, place: str = "") -> list[str]:
-    """Where two of [`held`] are not the same to the bit."""
-    if isinstance(one, torch.Tensor):
-        return [] if torch.equal(one, other) else [place]
+    """Where two states are not the same to the bit."""
+    if not isinstance(one, dict | list | tuple):
+        same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+        return [] if same else [place]
     if len(one) != len(other):
         return [place]
     pairs = one.items() if isinstance(one, dict) else enumerate(one)
