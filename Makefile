@@ -13,7 +13,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-# Fifty runs killed at random and resumed; a quarter of an hour.
+# Fifty runs killed, at any moment and in the middle of what they write, and resumed; some minutes.
 soak: $(READY)
 	$(BIN)/python tests/soak.py $(ARGS)
 

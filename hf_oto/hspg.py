@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -45,10 +46,14 @@ _ELEMENTWISE = (
 _SHRINK_SHARE = 0.1
 
 # What settings were before there was a choice: states written then do not name them.
-_OLDER_SETTINGS = {"shrink_during_training": False, "saliency_interval": 1}
+_OLDER_SETTINGS = {"format": 1, "shrink_during_training": False, "saliency_interval": 1}
 
 # What HSPG keeps in the first parameter group, from where `state_dict` and distributed checkpoints take it.
 _STEP, _SETTINGS, _SALIENCY, _STATUS = "hspg_step", "hspg_settings", "hspg_saliency", "hspg_status"
+
+# What these mean, and how a run goes on from them. A version that reads an older one as it was meant counts up and
+# lists both; one that cannot refuses it.
+_FORMAT = 1
 
 
 def penalized(step: Tensor, before: Tensor, factor: Tensor | float) -> Tensor:
@@ -143,7 +148,12 @@ class HSPG(Optimizer):
 
     def _settings(self) -> dict[str, Any]:
         counts = [array.count for array in self.partition.arrays]
-        return {**self.config.to_dict(), "total_steps": self.schedule.total_steps, "groups": counts}
+        return {
+            **self.config.to_dict(),
+            "format": _FORMAT,
+            "total_steps": self.schedule.total_steps,
+            "groups": counts,
+        }
 
     def _check_names(self) -> None:
         if not self._arrays:
@@ -178,7 +188,8 @@ class HSPG(Optimizer):
         Go on where the saved run was.
 
         Raises:
-            `ValueError`: The state is not of an HSPG run with the same settings, groups and number of steps.
+            `ValueError`: The state is not of an HSPG run with the same settings, parameters, groups and number of
+                steps, or of a version of hf_oto that wrote it in another format.
         """
         saved = state_dict["param_groups"][0] if state_dict["param_groups"] else {}
         if _SETTINGS not in saved:
@@ -187,8 +198,12 @@ class HSPG(Optimizer):
                 "weights instead of resuming it."
             )
         mine, others = json.loads(self._first_group[_SETTINGS]), json.loads(saved[_SETTINGS])
-        for name, value in _OLDER_SETTINGS.items():
-            others.setdefault(name, value)
+        others = _OLDER_SETTINGS | others
+        if others["format"] != _FORMAT:
+            raise ValueError(
+                f"`state_dict` is of format {others['format']}, written by another version of hf_oto; this one reads "
+                f"format {_FORMAT}. Resume with the version that the run began with."
+            )
         if changed := sorted(name for name in mine.keys() | others.keys() if mine.get(name) != others.get(name)):
             listed = ", ".join(f"{name}: {others.get(name)} saved, {mine.get(name)} now" for name in changed)
             raise ValueError(
@@ -199,12 +214,24 @@ class HSPG(Optimizer):
                 f"`state_dict` is of a model with {saved[_STATUS].numel()} groups left, this one has "
                 f"{self._num_groups}. Call `shrink` with `like`, the config saved with that model, before loading."
             )
+        self._check_names_of(state_dict["param_groups"])
         self.base_optimizer.load_state_dict(state_dict)
         self._share()
         device = next(local(parameter).device for group in self.param_groups for parameter in group["params"])
         for name in (_SALIENCY, _STATUS):
             if name in self._first_group:
                 self._first_group[name] = self._first_group[name].to(device)
+
+    def _check_names_of(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """torch goes by position: it would give one parameter the state of another."""
+        for theirs, mine in zip(saved, self.param_groups, strict=False):  # torch itself counts the groups
+            names = theirs.get("param_names", mine["param_names"])
+            for name, own in zip_longest(names, mine["param_names"], fillvalue="none"):
+                if name != own:
+                    raise ValueError(
+                        f"`state_dict` is of a model with other parameters, or of an optimizer with other groups of "
+                        f"them: {name!r} saved, {own!r} now. Resume with those the run began with."
+                    )
 
     # Where the run stands.
 

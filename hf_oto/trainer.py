@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import DistributedType
 from huggingface_hub import ModelCard, upload_folder
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments, get_wsd_schedule
@@ -29,7 +30,7 @@ from transformers.utils import CONFIG_NAME, PushInProgress, logging
 
 from . import budget
 from .config import OTOConfig
-from .contexts import folder_beside
+from .contexts import UNFINISHED, folder_beside
 from .distillation import IGNORED, hidden_states_loss, load_teacher, logits_loss, task_of
 from .groups import partition
 from .hspg import HSPG
@@ -44,7 +45,7 @@ logger = logging.get_logger(__name__)
 _UNFINISHED = "_unfinished"
 _WEIGHTS = "*model*.safetensors*"  # whole, in shards, and the shards' index
 # What `output_dir` holds beside the model: upstream leaves the same out of its pushes.
-_NOT_THE_MODEL = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*")
+_NOT_THE_MODEL = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", f".*{UNFINISHED}*")
 
 # Where FSDP2 keeps the optimizer's state in a checkpoint, in place of `OPTIMIZER_NAME`: full, or sharded.
 _SHARDED_OPTIMIZER_NAMES = ("optimizer.bin", "optimizer_0")
@@ -74,7 +75,9 @@ class OTOTrainer(Trainer):
     `checkpoint-N` folders hold the model in training and all that resuming needs; it is full-size, unless
     `shrink_during_training` has cut it since. [`~OTOTrainer.save_model`], a push to the Hub and the end of training
     write the small model, which `from_pretrained` loads. `load_best_model_at_end` considers only evaluations at the
-    target: before it, a model scores better because it is larger.
+    target: before it, a model scores better because it is larger. `EarlyStoppingCallback` counts from there on, for
+    the same reason. A run that stops before its target ends with a checkpoint to resume from, and without a small
+    model.
 
     Args:
         oto_config ([`OTOConfig`], *optional*):
@@ -126,6 +129,7 @@ class OTOTrainer(Trainer):
         self._saving_checkpoint = False
         self._accumulating = False
         self._waiting_checkpoint: str | None = None
+        self._newest_checkpoint: int | None = None  # the step of the one that this run wrote last
         super().__init__(model, args, *others, **kwargs)
         self._check_supported()
         loaded = self._load_teacher(teacher, self.model)
@@ -307,12 +311,52 @@ class OTOTrainer(Trainer):
         return at_target and super()._determine_best_metric(metrics, trial)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As [`Trainer.train`]. Unless nothing is to be saved, the small model is in `output_dir` at the end."""
+        """
+        As [`Trainer.train`]. Unless nothing is to be saved, the small model is in `output_dir` at the end; or, if the
+        run stopped before it reached its target, a checkpoint to resume from.
+        """
+        saves = self.args.save_strategy != SaveStrategy.NO
+        if saves and self.args.should_save and os.path.isdir(self._output_dir):
+            _check_writable(self._output_dir)
         self._accumulating = False  # an earlier call may have broken off between two micro-steps
+        self._newest_checkpoint = None
         output = super().train(*args, **kwargs)
-        if self.args.save_strategy != SaveStrategy.NO and not self.state.is_hyper_param_search:
+        if self.state.is_hyper_param_search:
+            return output
+        if self._target_ahead:
+            self._keep_for_later()
+        elif saves:
             self.save_model(_internal_call=True)
         return output
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run that is resumed when all its steps are done would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    @property
+    def _target_ahead(self) -> bool:
+        """Whether the model is larger than it was asked for, because the run has not come that far."""
+        hspg = self.hspg
+        return hspg is not None and self.oto_config.target_sparsity is not None and not hspg.target_reached
+
+    def _keep_for_later(self) -> None:
+        """At the end of a run that stopped before its target: a checkpoint, and no model that looks finished."""
+        hspg = cast(HSPG, self.hspg)
+        kept = "Nothing is saved, as `save_strategy` or `save_only_model` asks for"
+        if self.args.save_strategy != SaveStrategy.NO and not self.args.save_only_model:
+            if self._newest_checkpoint != self.state.global_step:
+                self._save_checkpoint(cast(nn.Module, self.model), trial=None)
+            kept = (
+                f"The run is kept in {Path(self._output_dir, f'{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}')}, "
+                f"from where `train(resume_from_checkpoint=True)` goes on"
+            )
+        logger.warning(
+            f"Training stopped at step {hspg.steps_done} of {hspg.schedule.total_steps}, in stage {hspg.stage!r}. "
+            f"`target_sparsity`={self.oto_config.target_sparsity} is not reached: no small model is written. {kept}."
+        )
 
     # Resuming.
 
@@ -320,6 +364,7 @@ class OTOTrainer(Trainer):
         """Load the weights now, or, if they are of a model that had been shrunk, when the optimizer can follow."""
         counts = _saved_counts(resume_from_checkpoint)
         if counts is None or counts == _counts(self._plain_model()):
+            _check_shapes(resume_from_checkpoint, self._plain_model())
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif not self.oto_config.shrink_during_training:
             raise ValueError(
@@ -346,7 +391,7 @@ class OTOTrainer(Trainer):
         Raises:
             `ValueError`: The cut model does not compute what the one in training computes.
         """
-        if self.hspg is not None and self.oto_config.target_sparsity is not None and not self.hspg.target_reached:
+        if self.hspg is not None and self._target_ahead:
             logger.warning(
                 f"The target is not reached at step {self.hspg.steps_done} (stage {self.hspg.stage!r}): the model is "
                 f"larger than `target_sparsity`={self.oto_config.target_sparsity} asks for."
@@ -369,24 +414,27 @@ class OTOTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._saving_checkpoint = True
         try:
-            super()._save_checkpoint(model, trial)
+            with _writing(run / name):
+                super()._save_checkpoint(model, trial)
+                best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+                if best == name or (run / best).is_dir():
+                    self.state.best_model_checkpoint = str(run / best)
+                if self.args.should_save:
+                    self.state.save_to_json(str(made / TRAINER_STATE_NAME))  # with the best one's place
             self.accelerator.wait_for_everyone()
         except BaseException:
             shutil.rmtree(made.parent, ignore_errors=True)
             raise
         finally:
             self._saving_checkpoint = False
-        best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-        if best == name or (run / best).is_dir():
-            self.state.best_model_checkpoint = str(run / best)
         if self.args.should_save:
-            self.state.save_to_json(str(made / TRAINER_STATE_NAME))  # with the best one's place
             if (run / name).exists():
                 (run / name).rename(made.with_name("replaced"))
             made.rename(run / name)
             for path in self._superfluous(run):
                 path.rename(made.with_name(path.name))  # gone at once: one that is half removed must not be read
             shutil.rmtree(made.parent)
+        self._newest_checkpoint = self.state.global_step
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run / name))
@@ -433,7 +481,8 @@ class OTOTrainer(Trainer):
             with _replacing(Path(output_dir or self._output_dir)) as folder:
                 full, self.model = self.model, small or self.compressed_model()
                 try:
-                    self._save(str(folder))
+                    with _writing(Path(output_dir or self._output_dir)):
+                        self._save(str(folder))
                 finally:
                     self.model = full
         if self.args.push_to_hub and not _internal_call:
@@ -591,6 +640,40 @@ def _hspg_in(optimizer: Any) -> HSPG | None:
     return optimizer
 
 
+def _check_shapes(checkpoint: str, model: nn.Module) -> None:
+    """Refuse weights of other shapes, of which some would have been loaded before torch finds out."""
+    mine = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for path in Path(checkpoint).glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                if (saved := file.get_slice(name).get_shape()) != mine.get(name, saved):
+                    raise ValueError(
+                        f"{checkpoint} is of another model: {name!r} has shape {saved} there and {mine[name]} in "
+                        f"`model`. Resume with the model that the run began with."
+                    )
+
+
+def _check_writable(folder: str) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"`output_dir` must be writable, {folder!r} is not: nothing of the run could be saved. Choose another, or "
+            f"set `save_strategy`='no'."
+        )
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Say what could not be written: torch and safetensors name an internal file of theirs, or none."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(target.parent if target.parent.exists() else os.curdir).free
+        raise OSError(
+            f"{target} could not be written: {error}. The disk has {free / 2**20:.1f} MiB left. What was saved before "
+            f"is as it was. Make room if that is little, and go on from the last checkpoint."
+        ) from error
+
+
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
     """
@@ -602,7 +685,8 @@ def _replacing(target: Path) -> Iterator[Path]:
             f"{target} holds a checkpoint to resume from ({', '.join(found)}), whose weights would be lost. Save the "
             f"small model elsewhere."
         )
-    with folder_beside(target) as folder:
+    # Within a folder that is there: it may be the root of its disk.
+    with folder_beside(target / "model" if target.is_dir() else target) as folder:
         yield folder
         if not target.exists():
             folder.rename(target)

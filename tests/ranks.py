@@ -1,8 +1,8 @@
 """Runs HSPG on every rank of a process group, and writes what each rank held: started by torchrun, by a test.
 
-`ranks.py MODE FOLDER`, MODE one of `single`, `ddp`, `fsdp`, `fsdp_blocks`: every family in turn in a bare loop, on the
-same global batches; `shrinking`: one family under DDP, with zero groups cut out on the way; or `trainer`: OTOTrainer
-under accelerate, with gradient accumulation and checkpoints.
+`ranks.py MODE FOLDER`, MODE one of `single`, `ddp`, `ddp4`, `fsdp`, `fsdp_blocks`: every family in turn in a bare
+loop, on the same global batches; `shrinking`: one family under DDP, with zero groups cut out on the way; or `trainer`:
+OTOTrainer under accelerate, with gradient accumulation and checkpoints.
 """
 
 import sys
@@ -31,7 +31,7 @@ def run(name: str, mode: str, rank: int, world: int) -> dict:
     model = tiny_model(name, **uneven(name))
     groups = partition(model)
     wrapped = model
-    if mode == "ddp":
+    if mode.startswith("ddp"):
         wrapped = DistributedDataParallel(model)
     elif mode.startswith("fsdp"):
         if mode == "fsdp_blocks":

@@ -1,4 +1,4 @@
-"""Two real processes: every rank holds the same masks, and they are those of one process on the same global batch."""
+"""Two real processes, or four: every rank holds the same masks, those of one process on the same global batch."""
 
 import os
 import subprocess
@@ -19,9 +19,12 @@ from hf_oto.schedule import Schedule
 pytestmark = pytest.mark.slow
 
 
+RANKS = {"single": 1, "ddp4": 4}  # 2 in every other mode
+
+
 def launch(mode, folder):
-    script = str(Path(__file__).with_name("ranks.py"))
-    ranks = [] if mode == "single" else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script, ranks = str(Path(__file__).with_name("ranks.py")), str(RANKS.get(mode, 2))
+    ranks = [] if ranks == "1" else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
     done = subprocess.run(
         [sys.executable, *ranks, script, mode, str(folder)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -50,10 +53,21 @@ def ran(tmp_path_factory):
 @pytest.mark.parametrize("name", ONE_EACH)
 @pytest.mark.parametrize("mode", ["ddp", "fsdp", "fsdp_blocks"])
 def test_ranks_agree_with_each_other_and_with_one_process(ran, mode, name):
-    first, second, alone = ran(mode, name, 0), ran(mode, name, 1), ran("single", name)
-    assert torch.equal(first["status"], second["status"])  # at every step
-    assert torch.equal(first["saliency"], second["saliency"])
-    assert all(torch.equal(first["weights"][key], second["weights"][key]) for key in first["weights"])
+    agree(ran, mode, name)
+
+
+def test_four_ranks_agree_with_each_other_and_with_one_process(ran):
+    for name in ONE_EACH:
+        agree(ran, "ddp4", name)
+
+
+def agree(ran, mode, name):
+    first, *others = (ran(mode, name, rank) for rank in range(RANKS.get(mode, 2)))
+    alone = ran("single", name)
+    for other in others:
+        assert torch.equal(first["status"], other["status"])  # at every step
+        assert torch.equal(first["saliency"], other["saliency"])
+        assert all(torch.equal(first["weights"][key], other["weights"][key]) for key in first["weights"])
 
     start = Schedule.from_config(CONFIG, STEPS).boundaries[0]
     assert not (alone["status"][start - 1] != KEPT).any() and (alone["status"][start] != KEPT).any()
@@ -71,7 +85,7 @@ def test_ranks_agree_with_each_other_and_with_one_process(ran, mode, name):
 
 
 def test_the_global_batch_is_split():
-    assert GLOBAL_BATCH % 2 == 0  # or the mean over the ranks is not that over the batch
+    assert GLOBAL_BATCH % 4 == 0  # or the mean over the ranks is not that over the batch
 
 
 def test_ranks_that_shrink_agree_with_those_that_do_not(ran):
