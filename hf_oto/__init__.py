@@ -4,9 +4,19 @@ from .answering import QuestionAnswerer
 from .config import OTOConfig
 from .groups import partition
 from .hspg import HSPG
-from .report import summarize
+from .report import plot_run, summarize
 from .surgery import compress, shrink
 from .trainer import OTOTrainer
 
-__all__ = ["HSPG", "OTOConfig", "OTOTrainer", "QuestionAnswerer", "compress", "partition", "shrink", "summarize"]
+__all__ = [
+    "HSPG",
+    "OTOConfig",
+    "OTOTrainer",
+    "QuestionAnswerer",
+    "compress",
+    "partition",
+    "plot_run",
+    "shrink",
+    "summarize",
+]
 __version__ = "0.1.0"
