@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Annotated, Any, NoReturn, cast
 import torch
 import transformers
 import typer
+from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, logging
 from typer.core import TyperGroup
@@ -223,7 +225,7 @@ def compress(
             f"{checkpoint} has no group of zeros, there is nothing to cut out. Use a checkpoint that OTOTrainer wrote "
             f"after its first pruning period, best one of the recovery stage."
         )
-    small = cut(model)
+    small = cut(model, show_progress=sys.stderr.isatty())
     with folder_beside(out) as folder:
         made = folder / "model"
         small.save_pretrained(made)
@@ -264,17 +266,15 @@ def bench(
     if backend and "onnx" in backend:
         check_packages()
     models = [_load(name, _config(name), dtype=torch.float32) for name in (dense, pruned)]
-    measurements = list(
-        benchmark.measure(
-            *models,
-            backends=backend or ["eager"],
-            batch_sizes=batch_size or [1],
-            lengths=length or [128],
-            threads=threads,
-            repeats=repeats,
-            warmup=warmup,
-        )
-    )
+    choices: dict[str, Any] = {
+        "backends": backend or ["eager"],
+        "batch_sizes": batch_size or [1],
+        "lengths": length or [128],
+    }
+    timed = benchmark.measure(*models, **choices, threads=threads, repeats=repeats, warmup=warmup)
+    rounds = math.prod(len(values) for values in choices.values())
+    # None: only on a terminal.
+    measurements = list(tqdm(timed, desc="Timing", total=rounds, leave=False, disable=None))
     columns = ("backend", "batch", "length", "dense ms", "pruned ms", "dense /s", "pruned /s", "latency", "MACs")
     table = markdown_table(*columns)
     rows = []

@@ -316,7 +316,8 @@ class OTOTrainer(Trainer):
                 f"The target is not reached at step {self.hspg.steps_done} (stage {self.hspg.stage!r}): the model is "
                 f"larger than `target_sparsity`={self.oto_config.target_sparsity} asks for."
             )
-        return compress(self._plain_model())
+        shown = not self.args.disable_tqdm and self.is_world_process_zero()
+        return compress(self._plain_model(), show_progress=shown)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
