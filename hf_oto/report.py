@@ -233,6 +233,7 @@ def summarize_kept(
         groups = partition(model_or_partition)
         sizes = _sizes(model_or_partition, groups, kept)
     heads, neurons = kept[::2], kept[1::2]
+    everything = tuple(tuple(range(count)) for count in heads) if set(heads) <= {groups.dense_heads} else None
     all_heads, all_neurons = groups.num_layers * groups.dense_heads, groups.num_layers * groups.dense_neurons
     return Summary(
         model_type=groups.model_type,
@@ -245,6 +246,7 @@ def summarize_kept(
         dense_prunable_parameters=total_cost(groups, all_heads, all_neurons, "params", sequence_length),
         macs=total_cost(groups, sum(heads), sum(neurons), "macs", sequence_length),
         dense_macs=total_cost(groups, all_heads, all_neurons, "macs", sequence_length),
+        kept_heads=everything,
         **sizes,
     )
 
