@@ -439,7 +439,7 @@ def test_export_says_what_onnxruntime_answers(reader, tmp_path):
     """Against PyTorch's answers, and those of the written file, scored by the example's metric."""
     import onnxruntime
 
-    made = make_questions(12, seed=5)
+    made = make_questions(12, seed=19)
     file = write(tmp_path / "dev.json", squad(*made, *make_questions(3, seed=6)))
     out = tmp_path / "reader.onnx"
     found = answered("export", reader, out, "--int8", "--squad", file, "--max-questions", 12)
@@ -447,9 +447,10 @@ def test_export_says_what_onnxruntime_answers(reader, tmp_path):
     in_int8 = OnnxAnswerer(answerer, onnxruntime.InferenceSession(str(out)))
     metric = evaluate.load(str(EXAMPLE / "squad_score"), "v1.1", keep_in_memory=True)
     for key, one in (("scores", answerer), ("int8_scores", in_int8)):
+        # All together: int8 scales its activations by what is in the batch.
+        answers = one.answer([asked["question"] for _, asked in made], [context for context, _ in made])
         predictions, references = [], []
-        for context, asked in made:
-            (best,) = one(asked["question"], context)
+        for (_, asked), (best,) in zip(made, answers, strict=True):
             predictions.append({"id": asked["id"], "prediction_text": best.text})
             texts = [gold["text"] for gold in asked["answers"]]
             references.append({"id": asked["id"], "answers": {"text": texts, "answer_start": [0] * len(texts)}})
