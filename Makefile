@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test soak style quality
+.PHONY: demo test soak style quality docs
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -16,6 +16,11 @@ test: $(READY)
 # Fifty runs killed at random and resumed; a quarter of an hour.
 soak: $(READY)
 	$(BIN)/python tests/soak.py $(ARGS)
+
+# What it needs is an extra of its own, installed when the pages are built first.
+docs: $(READY)
+	$(BIN)/python -c "import mkdocs, material, mkdocstrings" 2>/dev/null || $(BIN)/python -m pip install --quiet -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 style: $(READY)
 	$(BIN)/ruff check --fix .
