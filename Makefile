@@ -17,9 +17,7 @@ test: $(READY)
 soak: $(READY)
 	$(BIN)/python tests/soak.py $(ARGS)
 
-# What it needs is an extra of its own, installed when the pages are built first.
 docs: $(READY)
-	$(BIN)/python -c "import mkdocs, material, mkdocstrings" 2>/dev/null || $(BIN)/python -m pip install --quiet -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 style: $(READY)
@@ -37,5 +35,5 @@ $(READY): pyproject.toml Makefile
 	rm -f $@
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet -e ".[examples,test]"
+	$(BIN)/python -m pip install --quiet -e ".[docs,examples,test]"
 	touch $@
