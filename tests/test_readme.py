@@ -45,7 +45,7 @@ def test_every_block_runs_and_says_what_it_should(tmp_path):
             env=environment | {"HF_ENDPOINT": hub.url, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
-            timeout=900,
+            timeout=1200,
         )
         assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
         card = hub.files("me/small-oto")["README.md"].decode()
