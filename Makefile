@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test soak style quality
+.PHONY: demo test soak style quality docs
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -16,6 +16,9 @@ test: $(READY)
 # Fifty runs killed, at any moment and in the middle of what they write, and resumed; some minutes.
 soak: $(READY)
 	$(BIN)/python tests/soak.py $(ARGS)
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 style: $(READY)
 	$(BIN)/ruff check --fix .
@@ -32,5 +35,5 @@ $(READY): pyproject.toml Makefile
 	rm -f $@
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet -e ".[examples,test]"
+	$(BIN)/python -m pip install --quiet -e ".[docs,examples,test]"
 	touch $@

@@ -4,7 +4,7 @@ from .answering import QuestionAnswerer
 from .config import OTOConfig
 from .groups import partition
 from .hspg import HSPG
-from .report import summarize
+from .report import plot_run, summarize
 from .surgery import compress, gather, shrink
 from .trainer import OTOTrainer
 
@@ -16,6 +16,7 @@ __all__ = [
     "compress",
     "gather",
     "partition",
+    "plot_run",
     "shrink",
     "summarize",
 ]

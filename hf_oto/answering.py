@@ -15,7 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+    BatchEncoding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .contexts import evaluating
 
@@ -149,7 +156,13 @@ class QuestionAnswerer:
         return self.answer([question], [context], top_k=top_k, no_answer=no_answer)[0]
 
     def answer(
-        self, questions: Sequence[str], contexts: Sequence[str], *, top_k: int = 1, no_answer: bool = False
+        self,
+        questions: Sequence[str],
+        contexts: Sequence[str],
+        *,
+        top_k: int = 1,
+        no_answer: bool = False,
+        show_progress: bool = False,
     ) -> list[list[Answer]]:
         """
         The answers to many questions.
@@ -158,6 +171,7 @@ class QuestionAnswerer:
             questions, contexts (`Sequence[str]`): One context for each question.
             top_k (`int`, *optional*, defaults to 1): Answers to give to each; fewer where there are fewer spans.
             no_answer (`bool`, *optional*, defaults to `False`): Whether "there is none" counts among the answers.
+            show_progress (`bool`, *optional*, defaults to `False`): Whether a bar counts the windows.
 
         Returns:
             `list[list[Answer]]`: For every question its answers, best first.
@@ -181,7 +195,7 @@ class QuestionAnswerer:
             for index, (question, context) in enumerate(zip(questions, contexts, strict=True))
             for window in self._windows(index, question, context)
         ]
-        found = zip(windows, self._logits(windows), strict=True)
+        found = zip(windows, self._logits(windows, show_progress), strict=True)
         return [
             self._search(contexts[index], list(own), top_k, no_answer)
             for index, own in groupby(found, key=lambda pair: pair[0].question)
@@ -225,23 +239,29 @@ class QuestionAnswerer:
         return windows
 
     @torch.inference_mode()
-    def _logits(self, windows: Sequence[_Window]) -> list[tuple[Tensor, Tensor]]:
+    def _logits(self, windows: Sequence[_Window], show_progress: bool) -> list[tuple[Tensor, Tensor]]:
         """Start and end logits of every window, without padding, in float32 on the CPU."""
         # Windows of one length are read together: little padding.
         order = sorted(range(len(windows)), key=lambda index: len(windows[index].spans))
         logits: list[Any] = [None] * len(windows)
-        with evaluating(self.model):
+        bar = tqdm(total=len(windows), desc="Answering", leave=False, disable=not show_progress)
+        with evaluating(self.model), bar:
             for first in range(0, len(order), self.batch_size):
                 chosen = order[first : first + self.batch_size]
                 rows = {name: [windows[i].inputs[name] for i in chosen] for name in windows[chosen[0]].inputs}
                 # On the right, whatever the tokenizer's own side: positions stay those of the window.
                 batch = self.tokenizer.pad(rows, padding=True, padding_side="right", return_tensors="pt")
-                outputs = self.model(**batch.to(self.model.device))
-                starts, ends = outputs.start_logits.float().cpu(), outputs.end_logits.float().cpu()
+                starts, ends = self._forward(batch)
                 for row, index in enumerate(chosen):
                     length = len(windows[index].spans)
                     logits[index] = starts[row, :length], ends[row, :length]
+                bar.update(len(chosen))
         return logits
+
+    def _forward(self, batch: BatchEncoding) -> tuple[Tensor, Tensor]:
+        """Start and end logits, in float32 on the CPU."""
+        outputs = self.model(**batch.to(self.model.device))
+        return outputs.start_logits.float().cpu(), outputs.end_logits.float().cpu()
 
     def _search(
         self, context: str, windows: Sequence[tuple[_Window, tuple[Tensor, Tensor]]], top_k: int, no_answer: bool
@@ -267,6 +287,28 @@ class QuestionAnswerer:
             start, end = divmod(key, places_per_start)
             answers.append(Answer(context[start:end], start, end, score))
         return answers
+
+
+class OnnxAnswerer(QuestionAnswerer):
+    """
+    As another [`QuestionAnswerer`], with the logits of an ONNX file that its model was exported to.
+
+    Args:
+        answerer ([`QuestionAnswerer`]): Whose tokenizer and settings to use.
+        session (`onnxruntime.InferenceSession`): With inputs and outputs of the model's names.
+    """
+
+    def __init__(self, answerer: QuestionAnswerer, session: Any) -> None:
+        vars(self).update(vars(answerer))
+        self.session = session
+
+    def _forward(self, batch: BatchEncoding) -> tuple[Tensor, Tensor]:
+        tensors: Any = batch.data
+        # What a tokenizer does not give is all zeros, as for the model: token types.
+        absent = torch.zeros_like(tensors["input_ids"])
+        inputs = {one.name: tensors.get(one.name, absent).numpy() for one in self.session.get_inputs()}
+        starts, ends = self.session.run(["start_logits", "end_logits"], inputs)
+        return torch.from_numpy(starts), torch.from_numpy(ends)
 
 
 def span_scores(starts: Tensor, ends: Tensor, max_length: int) -> tuple[Tensor, Tensor, Tensor]:

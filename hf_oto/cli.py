@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -14,12 +15,13 @@ from typing import Annotated, Any, NoReturn, cast
 import torch
 import transformers
 import typer
+from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, logging
 from typer.core import TyperGroup
 
 from . import benchmark, modeling
-from .answering import QuestionAnswerer
+from .answering import OnnxAnswerer, QuestionAnswerer
 from .architectures import BLOCK_SPECS, PRUNED_PREFIX, dense_model_type
 from .budget import allowance, check_target, reach, target_examples
 from .config import CONFIG_NAME as OTO_CONFIG_NAME
@@ -28,6 +30,7 @@ from .contexts import folder_beside
 from .exporting import check_packages, export_onnx
 from .groups import partition
 from .report import markdown_table, plain_text, summarize, summarize_kept
+from .scoring import read_questions, squad_scores
 from .surgery import compress as cut
 
 # Of the supported families' tokenizers, whole or in parts.
@@ -223,7 +226,7 @@ def compress(
             f"{checkpoint} has no group of zeros, there is nothing to cut out. Use a checkpoint that OTOTrainer wrote "
             f"after its first pruning period, best one of the recovery stage."
         )
-    small = cut(model)
+    small = cut(model, show_progress=sys.stderr.isatty())
     with folder_beside(out) as folder:
         made = folder / "model"
         small.save_pretrained(made)
@@ -264,17 +267,15 @@ def bench(
     if backend and "onnx" in backend:
         check_packages()
     models = [_load(name, _config(name), dtype=torch.float32) for name in (dense, pruned)]
-    measurements = list(
-        benchmark.measure(
-            *models,
-            backends=backend or ["eager"],
-            batch_sizes=batch_size or [1],
-            lengths=length or [128],
-            threads=threads,
-            repeats=repeats,
-            warmup=warmup,
-        )
-    )
+    choices: dict[str, Any] = {
+        "backends": backend or ["eager"],
+        "batch_sizes": batch_size or [1],
+        "lengths": length or [128],
+    }
+    timed = benchmark.measure(*models, **choices, threads=threads, repeats=repeats, warmup=warmup)
+    rounds = math.prod(len(values) for values in choices.values())
+    # None: only on a terminal.
+    measurements = list(tqdm(timed, desc="Timing", total=rounds, leave=False, disable=None))
     columns = ("backend", "batch", "length", "dense ms", "pruned ms", "dense /s", "pruned /s", "latency", "MACs")
     table = markdown_table(*columns)
     rows = []
@@ -296,25 +297,44 @@ def export(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="A file that does not exist.")],
     int8: Annotated[bool, typer.Option("--int8", help="Quantize with ONNX Runtime, dynamically.")] = False,
+    squad: Annotated[
+        Path | None, typer.Option(help="Questions with answers in SQuAD's JSON: give the scores in ONNX Runtime.")
+    ] = None,
+    max_questions: Annotated[int | None, typer.Option(help="Of that file the first ones only.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """
     Write a model as ONNX, for any batch size and length, checked with ONNX Runtime.
 
-    Example: hf-oto export small small.onnx --int8
+    It says how far the logits are off, and with questions what that does to exact match and F1, in int8 as well.
+
+    Example: hf-oto export small small.onnx --int8 --squad dev.json
     """
     check_packages()
     if out.suffix != ".onnx":
         raise ValueError(f"OUT.onnx must end in .onnx, got {out}.")
     if out.exists():
         raise FileExistsError(f"{out} exists already. Choose another file, or remove it.")
-    done = export_onnx(_load(model, _config(model), dtype=torch.float32), out, int8=int8)
+    if max_questions is not None and squad is None:
+        raise ValueError("--max-questions is of the questions of --squad: give both.")
+    score, questions = None, []
+    if squad is not None:
+        questions, answerer = read_questions(squad, max_questions), _answerer(model)
+
+        def score(session: Any) -> dict[str, float]:
+            return squad_scores(OnnxAnswerer(answerer, session), questions, show_progress=sys.stderr.isatty())
+
+    done = export_onnx(_load(model, _config(model), dtype=torch.float32), out, int8=int8, score=score)
     lines = [
         f"{done.path}: {done.bytes:,} bytes, inputs {', '.join(done.inputs)}, outputs {', '.join(done.outputs)}",
         f"float32 in ONNX Runtime is off by {done.error:.1e} of the largest output, on random tokens with padding",
     ]
     if int8:
         lines.append(f"int8, which is in the file, by {done.int8_error:.1e}, in the mean {done.int8_mean_error:.1e}")
+    for precision, scores in (("float32", done.scores), ("int8", done.int8_scores)):
+        if scores is not None:
+            numbers = f"exact match {scores['exact_match']:.2f}, F1 {scores['f1']:.2f}"
+            lines.append(f"{precision} answers {len(questions):,} questions of {squad} with {numbers}")
     _show(dataclasses.asdict(done), lines, as_json)
 
 
@@ -342,12 +362,7 @@ def answer(
         raise ValueError("Give the text by either --context or --context-file.")
     text = context if context_file is None else context_file.read_text(encoding="utf-8")
     assert text is not None
-    _config(model)
-    if _file(model, "tokenizer_config.json") is None:
-        raise ValueError(f"{model} has no tokenizer_config.json. Save the tokenizer with the model.")
-    answerer = QuestionAnswerer.from_pretrained(
-        model, max_length=max_length, stride=stride, max_answer_length=max_answer_length
-    )
+    answerer = _answerer(model, max_length=max_length, stride=stride, max_answer_length=max_answer_length)
     answers = answerer.answer(question, [text] * len(question), top_k=top_k, no_answer=no_answer)
     lines = []
     for asked, found in zip(question, answers, strict=True):
@@ -405,6 +420,13 @@ def _load(name: str, config: PreTrainedConfig, dtype: torch.dtype | None = None)
             f"{name} lacks {len(missing)} weights of {type(model).__name__}: {missing[0]!r}, …. Give a complete model."
         )
     return model.eval()
+
+
+def _answerer(name: str, **options: Any) -> QuestionAnswerer:
+    _config(name)
+    if _file(name, "tokenizer_config.json") is None:
+        raise ValueError(f"{name} has no tokenizer_config.json. Save the tokenizer with the model.")
+    return QuestionAnswerer.from_pretrained(name, **options)
 
 
 def _file(name: str, file: str) -> str | None:

@@ -12,7 +12,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class Export:
         error (`float`): Largest difference of any output from PyTorch's, as a share of that output's largest value.
         int8_error, int8_mean_error (`float`, *optional*):
             The same of the quantized model: the largest difference, and the mean one.
+        scores, int8_scores (`dict[str, float]`, *optional*): What `score` gave of the float32 and of the int8 model.
     """
 
     path: str
@@ -51,6 +52,8 @@ class Export:
     error: float
     int8_error: float | None = None
     int8_mean_error: float | None = None
+    scores: dict[str, float] | None = None
+    int8_scores: dict[str, float] | None = None
 
 
 def check_packages() -> None:
@@ -60,7 +63,13 @@ def check_packages() -> None:
 
 
 def export_onnx(
-    model: PreTrainedModel, path: str | os.PathLike, *, int8: bool = False, atol: float = 1e-4, seed: int = 0
+    model: PreTrainedModel,
+    path: str | os.PathLike,
+    *,
+    int8: bool = False,
+    score: Callable[[Any], dict[str, float]] | None = None,
+    atol: float = 1e-4,
+    seed: int = 0,
 ) -> Export:
     """
     Write a model as ONNX, of any batch size and length, if ONNX Runtime computes with it what PyTorch does.
@@ -72,6 +81,8 @@ def export_onnx(
         path (`str` or `os.PathLike`): The file, which must not exist. It appears whole or not at all.
         int8 (`bool`, *optional*, defaults to `False`):
             Quantize the weights to int8, every output channel on its own, and activations as they come.
+        score (`Callable`, *optional*):
+            Called with ONNX Runtime's session of the model, of the float32 one and then of the int8 one.
         atol (`float`, *optional*, defaults to 1e-4):
             How far an output may be off before any quantization, as a share of its largest magnitude.
         seed (`int`, *optional*, defaults to 0): Of the random batches.
@@ -105,19 +116,22 @@ def export_onnx(
                 f"ONNX Runtime does not compute what PyTorch does: an output is off by {error:.3g} of its largest "
                 f"value, and `atol` allows {atol:g}. Nothing is written."
             )
-        int8_error = int8_mean = None
+        scores = None if score is None else score(session)
+        int8_error = int8_mean = int8_scores = None
         if int8:
             (folder / "int8").mkdir()
             plain = _quantized(plain, folder / "int8" / path.name)
             with _quiet():
-                int8_error, int8_mean = _errors(model, inference_session(plain), batches)
+                session = inference_session(plain)
+                int8_error, int8_mean = _errors(model, session, batches)
             if int8_error != int8_error:
                 raise ValueError("The int8 model computes NaN on random tokens. Nothing is written; do without int8.")
+            int8_scores = None if score is None else score(session)
         files = sorted(plain.parent.glob(f"{path.name}*"), reverse=True)  # the graph last: with it the export is there
         size = sum(file.stat().st_size for file in files)
         for file in files:
             file.replace(path.with_name(file.name))
-    return Export(str(path), size, *names, error, int8_error, int8_mean)
+    return Export(str(path), size, *names, error, int8_error, int8_mean, scores, int8_scores)
 
 
 def example_batch(

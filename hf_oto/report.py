@@ -1,4 +1,4 @@
-"""What a model has kept, layer by layer: numbers, a text table, a picture.
+"""What a model has kept, layer by layer: numbers, a text table, pictures; and what a model card says of it.
 
 A group that is exactly zero counts as removed, so a zeroed model and its cut one have the same summary.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table
@@ -22,8 +23,13 @@ from .architectures import BLOCK_SPECS
 from .budget import group_cost
 from .groups import Partition, partition, zero_groups
 from .parts import is_sharded
+from .pictures import FORMATS, check_format, layers_figure, run_figure, save_figure, training_entries
 
 TEXT_WIDTH = 100
+CAPTIONS = {
+    "layers": "Heads and neurons that every layer kept",
+    "run": "Loss and removed share over the steps of the training, with its stages",
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,9 @@ class Summary:
         file_size (`int`, *optional*):
             Bytes of the cut model's weights in their present dtype, a tied one once: what `model.safetensors` has
             after its header of some kilobytes.
+        kept_heads (`tuple[tuple[int, ...], ...]`, *optional*):
+            Which heads every block keeps, counted from 0. `None` where that is not known: a model that heads were cut
+            out of has only their number. Two summaries that differ in nothing else are equal.
 
     The optional ones are `None` in the summary of a [`Partition`], which knows the blocks only.
     """
@@ -64,6 +73,7 @@ class Summary:
     parameters_without_embeddings: int | None = None
     encoder_parameters: int | None = None
     file_size: int | None = None
+    kept_heads: tuple[tuple[int, ...], ...] | None = dataclasses.field(default=None, compare=False)
 
     @property
     def prunable_ratio(self) -> float:
@@ -78,6 +88,7 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         """All numbers, and both ratios, as plain JSON values."""
         numbers = {**dataclasses.asdict(self), "heads": list(self.heads), "neurons": list(self.neurons)}
+        numbers["kept_heads"] = None if self.kept_heads is None else [list(kept) for kept in self.kept_heads]
         return {**numbers, "prunable_ratio": self.prunable_ratio, "macs_ratio": self.macs_ratio}
 
     def table(self) -> Group:
@@ -110,39 +121,65 @@ class Summary:
     def __str__(self) -> str:
         return plain_text(self)
 
-    def plot(self, path: str | os.PathLike) -> None:
+    def figure(self) -> Any:
         """
-        Draw what every layer keeps into a PNG file, written whole or not at all.
+        The heads of every layer as a grid and the widths of the FFNs as bars, a `matplotlib.figure.Figure`.
 
         Raises:
             `ImportError`: There is no matplotlib.
         """
-        try:
-            from matplotlib.figure import Figure  # without pyplot: no window, no figure that stays in memory
-        except ImportError as error:
-            raise ImportError("`plot` needs matplotlib: `pip install hf-oto[examples]`.") from error
-        layers = range(len(self.heads))
-        figure = Figure(figsize=(max(6.0, 3 + 0.3 * len(layers)), 5), layout="constrained")
-        panels: Any = figure.subplots(2, sharex=True)
-        kinds = (("heads", self.heads, self.dense_heads), ("neurons", self.neurons, self.dense_neurons))
-        for axes, (kind, kept, dense) in zip(panels, kinds, strict=True):
-            axes.bar(layers, [dense] * len(layers), color="#dddddd", label="removed")
-            axes.bar(layers, kept, color="#2b6cb0", label="kept")
-            axes.set_ylabel(kind)
-            axes.yaxis.get_major_locator().set_params(integer=True)
-            axes.spines[["top", "right"]].set_visible(False)
-        panels[0].set_title(f"{self.model_type}: {self.prunable_ratio:.1%} of the prunable parameters kept")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-        panels[1].set_xlabel("layer")
-        panels[1].set_xticks(layers)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            figure.savefig(temporary, format="png", dpi=150)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        return layers_figure(
+            self.heads,
+            self.neurons,
+            dense_heads=self.dense_heads,
+            dense_neurons=self.dense_neurons,
+            kept_heads=self.kept_heads,
+            title=f"{self.model_type}: {self.prunable_ratio:.1%} of the weights of heads and neurons kept",
+        )
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """
+        Draw what every layer keeps into a PNG or SVG file, written whole or not at all.
+
+        Raises:
+            `ValueError`: The name ends in neither `.png` nor `.svg`.
+            `ImportError`: There is no matplotlib.
+        """
+        check_format(path)
+        save_figure(self.figure(), path)
+
+
+def plot_run(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+    """
+    Draw loss, removed share and stages of a run over its steps into a PNG or SVG file, written whole or not at all.
+
+    Args:
+        log_history (`Sequence[Mapping[str, Any]]`):
+            `trainer.state.log_history` of an [`OTOTrainer`], or what `trainer_state.json` has under that name.
+        path (`str` or `os.PathLike`): The file.
+
+    Raises:
+        `ValueError`: The name ends in neither `.png` nor `.svg`, or nothing was logged while the model trained.
+        `ImportError`: There is no matplotlib.
+    """
+    check_format(path)
+    save_figure(run_figure(log_history), path)
+
+
+def figures(summary: Summary, log_history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`"layers"` and, where a run has logged something, `"run"`; nothing where there is no matplotlib."""
+    try:
+        found = {"layers": summary.figure()}
+    except ImportError:
+        return {}
+    return {**found, "run": run_figure(log_history)} if training_entries(log_history) else found
+
+
+def save_figures(found: Mapping[str, Any], folder: str | os.PathLike) -> None:
+    """Write each figure into a folder, as PNG and as SVG."""
+    for name, figure in found.items():
+        for form in FORMATS:
+            save_figure(figure, Path(folder, f"{name}.{form}"))
 
 
 def summarize(model_or_partition: PreTrainedModel | Partition, *, sequence_length: int = 384) -> Summary:
@@ -163,7 +200,7 @@ def summarize(model_or_partition: PreTrainedModel | Partition, *, sequence_lengt
         `ValueError`: The model is not supported, is sharded or holds no weights, or `sequence_length` is below 1.
     """
     if isinstance(model_or_partition, Partition):
-        kept = [array.count for array in model_or_partition.arrays]
+        kept = [torch.ones(array.count, dtype=torch.bool) for array in model_or_partition.arrays]
     else:
         if is_sharded(model_or_partition):
             raise ValueError(
@@ -173,8 +210,12 @@ def summarize(model_or_partition: PreTrainedModel | Partition, *, sequence_lengt
         if any(parameter.is_meta for parameter in parameters.values()):
             raise ValueError("`model` must hold its weights, got the meta device's. Sum up its `partition` instead.")
         arrays = partition(model_or_partition).arrays
-        kept = [array.count - int(zero_groups(array, parameters).sum()) for array in arrays]
-    return summarize_kept(model_or_partition, kept, sequence_length=sequence_length)
+        kept = [~zero_groups(array, parameters) for array in arrays]
+    summary = summarize_kept(model_or_partition, [int(keep.sum()) for keep in kept], sequence_length=sequence_length)
+    heads = kept[::2]
+    if any(len(keep) < summary.dense_heads for keep in heads):
+        return summary
+    return dataclasses.replace(summary, kept_heads=tuple(tuple(keep.nonzero().flatten().tolist()) for keep in heads))
 
 
 def summarize_kept(
@@ -197,6 +238,7 @@ def summarize_kept(
         groups = partition(model_or_partition)
         sizes = _sizes(model_or_partition, groups, kept)
     heads, neurons = kept[::2], kept[1::2]
+    everything = tuple(tuple(range(count)) for count in heads) if set(heads) <= {groups.dense_heads} else None
     all_heads, all_neurons = groups.num_layers * groups.dense_heads, groups.num_layers * groups.dense_neurons
     return Summary(
         model_type=groups.model_type,
@@ -209,6 +251,7 @@ def summarize_kept(
         dense_prunable_parameters=total_cost(groups, all_heads, all_neurons, "params", sequence_length),
         macs=total_cost(groups, sum(heads), sum(neurons), "macs", sequence_length),
         dense_macs=total_cost(groups, all_heads, all_neurons, "macs", sequence_length),
+        kept_heads=everything,
         **sizes,
     )
 
@@ -218,7 +261,7 @@ def card_section(
     *,
     repo_id: str,
     auto_class: str,
-    picture: str | None = None,
+    pictures: Sequence[str] = (),
     scores: Mapping[str, float] | None = None,
     dense_scores: Mapping[str, float] | None = None,
 ) -> str:
@@ -229,7 +272,8 @@ def card_section(
         summary ([`Summary`]): Of the model.
         repo_id (`str`): Where it is loaded from.
         auto_class (`str`): The Auto class of its task.
-        picture (`str`, *optional*): A file beside the card, drawn by [`~Summary.plot`].
+        pictures (`Sequence[str]`, *optional*):
+            Those of `"layers"` and `"run"` that lie beside the card, as [`save_figures`] writes them.
         scores, dense_scores (`Mapping[str, float]`, *optional*):
             Metrics of the model, and those of the dense one to be put beside them, by name.
 
@@ -239,16 +283,17 @@ def card_section(
     beside = {name: value for name, value in (scores or {}).items() if name in (dense_scores or {})}
     rows = [f"| {name} | {(dense_scores or {})[name]:.4g} | {value:.4g} |" for name, value in beside.items()]
     table = "\n".join(["| | dense | this model |", "| --- | --- | --- |", *rows]) + "\n\n" if rows else ""
-    image = f"![Heads and neurons that every layer kept]({picture})\n\n" if picture else ""
+    layers = f"![{CAPTIONS['layers']}](layers.png)\n\n" if "layers" in pictures else ""
+    run = f"![{CAPTIONS['run']}](run.png)\n\n" if "run" in pictures else ""
     return f"""## Compression
 
 While it was fine-tuned, whole attention heads and feed-forward neurons were removed by
 [Only Train Once](https://arxiv.org/abs/2107.07467): {1 - summary.prunable_ratio:.1%} of the weights that they own, and
 {1 - summary.macs_ratio:.1%} of their multiply-accumulates. No mask is left, and nothing has to be fine-tuned again.
 
-{table}{image}{summary}
+{table}{layers}{summary}
 
-## How to load it
+{run}## How to load it
 
 ```python
 from transformers import {auto_class}
@@ -272,7 +317,7 @@ def ratio(kept: int, dense: int) -> float:
     return kept / dense if dense else 1.0
 
 
-def _sizes(model: PreTrainedModel, groups: Partition, kept: Sequence[int]) -> dict[str, int]:
+def _sizes(model: PreTrainedModel, groups: Partition, kept: Sequence[int]) -> dict[str, Any]:
     """Parameters and bytes that are left of a model when only `kept` groups of every array are."""
     base = model.base_model
     embeddings = set(base.get_submodule("embeddings").parameters())

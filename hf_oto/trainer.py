@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments, get_wsd_schedule
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
@@ -35,7 +36,7 @@ from .distillation import IGNORED, hidden_states_loss, load_teacher, logits_loss
 from .groups import partition
 from .hspg import HSPG
 from .parts import check_sharding, is_sharded
-from .report import card_section, summarize
+from .report import card_section, figures, save_figures, summarize
 from .schedule import Schedule
 from .surgery import block_counts, check_compressible, compress, gather, shrink
 
@@ -305,6 +306,25 @@ class OTOTrainer(Trainer):
             stage: Any = self.hspg.stage
             logs = {**logs, **self.hspg.metrics(), "stage": stage}
         super().log(logs, start_time)
+        stages = [entry["stage"] for entry in self.state.log_history if "stage" in entry][-2:]
+        if "train_runtime" in logs or ("stage" in logs and len(set(stages)) == 2):  # the end, or a new stage
+            self._add_to_tensorboard()
+
+    def _add_to_tensorboard(self) -> None:
+        """Put the pictures beside the numbers, where TensorBoard is among `report_to`."""
+        for callback in self.callback_handler.callbacks:
+            writer: Any = callback.tb_writer if isinstance(callback, TensorBoardCallback) else None
+            if writer is not None:
+                for name, figure in self._figures().items():
+                    writer.add_figure(name, figure, self.state.global_step)
+
+    def _figures(self, small: PreTrainedModel | None = None) -> dict[str, Any]:
+        """The pictures; none of a sharded model, unless it is gathered and cut already."""
+        model = small or self._plain_model()  # which knows better which heads are kept, if it is whole
+        if is_sharded(model):
+            return {}
+        summary = summarize(model, sequence_length=self.oto_config.macs_sequence_length)
+        return figures(summary, self.state.log_history)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         at_target = self.hspg is None or self.hspg.target_reached or self.oto_config.target_sparsity is None
@@ -399,7 +419,9 @@ class OTOTrainer(Trainer):
         model: PreTrainedModel | None = self._plain_model()
         if is_sharded(self._plain_model()):
             model = gather(self._plain_model())
-        return None if model is None else compress(model)
+        if model is None:
+            return None
+        return compress(model, show_progress=not self.args.disable_tqdm and self.is_world_process_zero())
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
@@ -461,7 +483,8 @@ class OTOTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Save the small model, so that `from_pretrained` loads it. A training checkpoint is saved full-size.
+        Save the small model, so that `from_pretrained` loads it, with pictures of it and of the run if there is
+        matplotlib. A training checkpoint is saved full-size.
 
         The folder gets all of its files or none. What else is in it stays.
 
@@ -485,6 +508,7 @@ class OTOTrainer(Trainer):
                         self._save(str(folder))
                 finally:
                     self.model = full
+                save_figures(self._figures(small), folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -535,17 +559,14 @@ class OTOTrainer(Trainer):
             return
         path = Path(self._output_dir, "README.md")
         summary = summarize(self._plain_model(), sequence_length=self.oto_config.macs_sequence_length)
-        picture: str | None = "layers.png"
-        try:
-            summary.plot(path.with_name("layers.png"))
-        except ImportError:
-            picture = None
+        pictures = self._figures()
+        save_figures(pictures, path.parent)
         logged = [entry for entry in self.state.log_history if any(name.startswith("eval_") for name in entry)]
         section = card_section(
             summary,
             repo_id=self.hub_model_id or self._output_dir,
             auto_class=f"AutoModel{task_of(self._plain_model())}",
-            picture=picture,
+            pictures=tuple(pictures),
             scores=logged[-1] if logged else None,
             dense_scores=dense_metrics,
         )

@@ -1,7 +1,8 @@
 """What a user does with the Hub, in a process of its own: started by a test, with `HF_ENDPOINT` set.
 
 `hub_client.py train STRATEGY REPO FOLDER`: OTOTrainer with pushes; `push REPO FOLDER`: the trained model's own
-`push_to_hub`; `pull REPO FILE [REVISION]`: load what is there, without hf_oto, and save its outputs.
+`push_to_hub`; `pull REPO FILE [REVISION]`: load what is there, without hf_oto, and save its outputs; `cli …`:
+`hf-oto` itself.
 """
 
 import sys
@@ -57,5 +58,12 @@ def pull(repo: str, file: str, revision: str = "main") -> None:
     print(type(model).__name__, sum(parameter.numel() for parameter in model.parameters()))
 
 
+def cli(*arguments: str) -> None:
+    from hf_oto.cli import main
+
+    sys.argv[1:] = arguments
+    main()
+
+
 if __name__ == "__main__":
-    {"train": train, "push": push, "pull": pull}[sys.argv[1]](*sys.argv[2:])
+    {"train": train, "push": push, "pull": pull, "cli": cli}[sys.argv[1]](*sys.argv[2:])

@@ -7,14 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import evaluate
 import pytest
 import torch
 import transformers
 from families import ONE_EACH, batch, family_of, largest_difference, outputs, tiny_model, zero_uneven
-from squad_data import make_questions, wordpiece
+from squad_data import make_questions, squad, wordpiece, write
 from typer.testing import CliRunner
 
 from hf_oto import OTOConfig, QuestionAnswerer, partition, summarize
+from hf_oto.answering import OnnxAnswerer
 from hf_oto.architectures import BLOCK_SPECS
 from hf_oto.budget import reach
 from hf_oto.cli import app
@@ -24,6 +26,7 @@ from hf_oto.surgery import compress
 COMMANDS = ("inspect", "compress", "bench", "export", "answer")
 CODE = ["architectures.py", "modeling.py"]  # what travels beside the weights
 BERT = ONE_EACH[0]
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "squad"
 
 
 def run(*args):
@@ -432,6 +435,30 @@ def test_export_in_int8_says_how_far_the_logits_are(tmp_path):
 
 
 @pytest.mark.slow
+def test_export_says_what_onnxruntime_answers(reader, tmp_path):
+    """Against PyTorch's answers, and those of the written file, scored by the example's metric."""
+    import onnxruntime
+
+    made = make_questions(12, seed=19)
+    file = write(tmp_path / "dev.json", squad(*made, *make_questions(3, seed=6)))
+    out = tmp_path / "reader.onnx"
+    found = answered("export", reader, out, "--int8", "--squad", file, "--max-questions", 12)
+    answerer = QuestionAnswerer.from_pretrained(reader)
+    in_int8 = OnnxAnswerer(answerer, onnxruntime.InferenceSession(str(out)))
+    metric = evaluate.load(str(EXAMPLE / "squad_score"), "v1.1", keep_in_memory=True)
+    for key, one in (("scores", answerer), ("int8_scores", in_int8)):
+        # All together: int8 scales its activations by what is in the batch.
+        answers = one.answer([asked["question"] for _, asked in made], [context for context, _ in made])
+        predictions, references = [], []
+        for (_, asked), (best,) in zip(made, answers, strict=True):
+            predictions.append({"id": asked["id"], "prediction_text": best.text})
+            texts = [gold["text"] for gold in asked["answers"]]
+            references.append({"id": asked["id"], "answers": {"text": texts, "answer_start": [0] * len(texts)}})
+        expected = metric.compute(predictions=predictions, references=references)
+        assert found[key] == pytest.approx(expected) and expected["f1"] > 0
+
+
+@pytest.mark.slow
 def test_export_writes_nothing_where_it_refuses(tmp_path):
     model = saved(tmp_path / "model", num_hidden_layers=1)
     (tmp_path / "there.onnx").write_bytes(b"mine")
@@ -439,6 +466,13 @@ def test_export_writes_nothing_where_it_refuses(tmp_path):
     assert "exists already" in refused("export", tmp_path / "model", tmp_path / "there.onnx")
     assert "must end in .onnx" in refused("export", tmp_path / "model", tmp_path / "model.pt")
     assert "no config.json" in refused("export", tmp_path, tmp_path / "new.onnx")
+    questions = write(tmp_path / "dev.json", squad(*make_questions(1, seed=5)))
+    before = everything_in(tmp_path)
+    scored = ["export", tmp_path / "model", tmp_path / "new.onnx", "--max-questions"]
+    assert "has no tokenizer_config.json" in refused(*scored, 1, "--squad", questions)
+    assert "`limit` must be at least 1, got 0" in refused(*scored, 0, "--squad", questions)
+    assert "--max-questions is of the questions of --squad" in refused(*scored, 1)
+    assert "is no JSON of SQuAD's layout" in refused(*scored, 1, "--squad", tmp_path / "there.onnx")
     with pytest.raises(ValueError, match="does not compute what PyTorch does.*Nothing is written"):
         export_onnx(model, tmp_path / "new" / "model.onnx", atol=0.0)
     with pytest.raises(ValueError, match="must be on the CPU in float32, got torch.float64"):

@@ -16,7 +16,7 @@ CODE = {"modeling.py", "architectures.py"}
 
 
 def client(hub, home, *arguments, token=None, check=True):
-    """Run `hub_client.py` with a cache of its own and, unless it trains, without hf_oto on its path."""
+    """Run `hub_client.py` with a cache of its own and, unless it needs it, without hf_oto on its path."""
     environment = {
         key: value
         for key, value in os.environ.items()
@@ -25,7 +25,7 @@ def client(hub, home, *arguments, token=None, check=True):
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
     if token:
         environment["HF_TOKEN"] = token
-    if arguments[0] == "train":
+    if arguments[0] in ("train", "cli"):
         environment["PYTHONPATH"] = str(CLIENT.parents[1])
     command = [sys.executable, str(CLIENT), *map(str, arguments)]
     done = subprocess.run(command, cwd=home.parent, env=environment, capture_output=True, text=True, timeout=300)
@@ -96,7 +96,8 @@ def test_the_card_says_what_was_removed_and_how_to_load_it(trained):
     assert 'from_pretrained("me/small", trust_remote_code=True)' in text and "AutoModelForQuestionAnswering" in text
     assert "| layer | heads | of | neurons | of |" in " ".join(text.split()) and "| 2 " in text
     assert "| eval_loss | 1.25 |" in text
-    assert "layers.png" in text and files["layers.png"][1:4] == b"PNG"
+    for name in ("layers", "run"):
+        assert f"({name}.png)" in text and files[f"{name}.png"][1:4] == b"PNG" and b"<svg" in files[f"{name}.svg"]
     assert text.index("## Compression") < text.index("## How to load it") < text.index("## Training procedure")
 
 
@@ -120,3 +121,14 @@ def test_a_private_repository_is_for_those_with_a_token(trained, tmp_path):
         refused = client(hub, tmp_path / "home2", "pull", "me/private", tmp_path / "outputs", check=False)
         assert refused.returncode != 0 and "me/private is not a local folder" in refused.stderr
         client(hub, tmp_path / "home2", "pull", "me/private", tmp_path / "outputs", token=TOKEN)
+
+
+def test_the_command_line_takes_a_name_on_the_hub(trained, tmp_path):
+    hub, _, _ = trained
+    found = json.loads(client(hub, tmp_path / "home", "cli", "inspect", "me/small", "--json").stdout)
+    assert found["class"] == "OTOBertForQuestionAnswering" and found["parameters"] == weights(hub.files("me/small"))
+    refused = client(hub, tmp_path / "home", "cli", "inspect", "me/absent", check=False)
+    assert refused.returncode == 1 and refused.stderr.startswith(
+        "hf-oto: error: me/absent is no folder, and no model "
+    )
+    assert refused.stderr.count("\n") == 1 and refused.stdout == ""

@@ -12,12 +12,12 @@ PACKAGE = ROOT / "hf_oto"
 # A room imports from rooms of a higher number only.
 LEVELS = {
     "cli": 1,
-    **dict.fromkeys(("trainer", "benchmark"), 2),
+    **dict.fromkeys(("trainer", "benchmark", "scoring"), 2),
     **dict.fromkeys(("report", "distillation", "surgery", "hspg", "answering", "exporting"), 3),
     **dict.fromkeys(("modeling", "saliency", "budget", "schedule", "parts"), 4),
     "groups": 5,
     "architectures": 6,
-    **dict.fromkeys(("config", "contexts"), 7),
+    **dict.fromkeys(("config", "contexts", "pictures"), 7),
 }
 TORCH_ONLY = {"hspg", "saliency", "budget", "schedule", "parts", "groups", "architectures", "config"}
 TRAVELLING = {"modeling", "architectures"}  # copied beside the weights, where no other room is

@@ -2,18 +2,15 @@
 
 import dataclasses
 import json
-import sys
 
 import pytest
 import torch
 import transformers
 from families import ALL, ONE_EACH, batch, family_of, tiny_model, zero_uneven
-from matplotlib.figure import Figure
-from matplotlib.image import imread
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_oto.architectures import BLOCK_SPECS
-from hf_oto.groups import partition
+from hf_oto.groups import partition, zero_groups
 from hf_oto.report import Summary, summarize
 from hf_oto.surgery import compress
 
@@ -198,45 +195,14 @@ def test_text_shows_the_numbers(monkeypatch):
     assert rows["bytes of weights"][0] == f"{summary.file_size:,}"
 
 
-def shares(path):
-    """The shares of pixels in the colours of what is kept and of what is removed."""
-    pixels = torch.tensor(imread(path)[..., :3]).mul(255).round().int()
-    return [float((pixels == torch.tensor(colour)).all(-1).float().mean()) for colour in ((43, 108, 176), (221,) * 3)]
-
-
-def test_plot_draws_what_is_kept(tmp_path):
-    dense, pruned = tmp_path / "new" / "dense.png", tmp_path / "pruned.any"
-    summarize(tiny_model("RobertaModel")).plot(dense)
-    summarize(zeroed("RobertaModel")).plot(str(pruned))
-    assert pruned.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    kept, removed = shares(dense)
-    assert kept > 0.4 and removed < 0.01  # the legend's
-    share, removed = shares(pruned)
-    # Half of the picture is heads, half is neurons: 5 of 12 and 28 of 72 are left. Both pictures have the same layout
-    # but for rounded pixels at the bars' edges and the legend.
-    assert share / kept == pytest.approx((5 / 12 + 28 / 72) / 2, abs=0.02)
-    assert removed == pytest.approx(kept - share, abs=0.02)
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["pruned.any", "dense.png"]
-
-
-def test_a_plot_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    def half(self, path, **options):
-        path.write_bytes(b"\x89PNG")
-        raise OSError("disk full")
-
-    path = tmp_path / "kept.png"
-    path.write_bytes(b"the last one")
-    monkeypatch.setattr(Figure, "savefig", half)
-    with pytest.raises(OSError, match="disk full"):
-        summarize(tiny_model("BertModel")).plot(path)
-    assert path.read_bytes() == b"the last one" and list(tmp_path.iterdir()) == [path]
-
-
-def test_plot_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"hf-oto\[examples\]"):
-        summarize(tiny_model("BertModel")).plot(tmp_path / "kept.png")
-    assert not list(tmp_path.iterdir())
+def test_which_heads_are_kept_is_known_until_they_are_cut_out():
+    model = zeroed("DistilBertModel")
+    summary = summarize(model)
+    masks = [zero_groups(array, dict(model.named_parameters())) for array in partition(model).arrays[::2]]
+    assert summary.kept_heads == tuple(tuple(i for i in range(4) if not mask[i]) for mask in masks)
+    assert tuple(map(len, summary.kept_heads)) == HEADS and summary.to_dict()["kept_heads"][1] == []
+    assert summarize(compress(model)).kept_heads is None
+    assert summarize(compress(tiny_model("BertModel"))).kept_heads == ((0, 1, 2, 3),) * 3
 
 
 def test_what_cannot_be_summed_up_is_refused():

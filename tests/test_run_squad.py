@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import datasets
 import evaluate
 import pytest
 import torch
@@ -293,6 +294,18 @@ def test_compressed_training_leaves_a_small_model_that_scores_as_the_zeroed_one(
     again = run(work, tmp_path / "again", "--do_eval", *eager, model=out, validation="dev")
     for name in ("eval_f1", "eval_exact_match", "parameters", "macs"):
         assert again[name] == results[name]
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_all_that_takes_long_has_a_bar_unless_they_are_disabled(work, tmp_path, capfd, disabled):
+    more = ["--compress", "--do_train", "--do_eval", "--max_train_samples", "8", "--max_steps", "24"]
+    more += ["--disable_tqdm", str(disabled), "--overwrite_cache"]
+    run(work, tmp_path / "out", *more, train="train", validation="dev")
+    shown = capfd.readouterr().err
+    bars = ("Tokenizing", "Searching answers", "Reading answers off", "Cutting out what is zero", "it/s]")
+    assert [bar for bar in bars if bar in shown] == ([] if disabled else [*bars])
+    assert "Checking the small model" in shown or disabled
+    assert transformers.utils.logging.is_progress_bar_enabled() and not datasets.are_progress_bars_disabled()
 
 
 def test_every_evaluation_set_is_scored_with_its_own_windows(tmp_path):

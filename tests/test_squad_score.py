@@ -4,6 +4,11 @@ from pathlib import Path
 
 import evaluate
 import pytest
+from families import tiny_model
+from squad_data import make_questions, squad, wordpiece, write
+
+from hf_oto import QuestionAnswerer
+from hf_oto.scoring import read_questions, squad_scores
 
 FOLDER = str(Path(__file__).resolve().parents[1] / "examples" / "squad" / "squad_score")
 
@@ -194,3 +199,35 @@ def test_v2_of_one_kind_only(v2):
 def test_other_versions_are_refused():
     with pytest.raises(ValueError, match='must be "v1.1" or "v2.0", got \'v3\''):
         load("v3")
+
+
+@pytest.mark.parametrize("version", ["v1.1", "v2.0"])
+def test_an_answerers_scores_are_those_of_the_metric(version, tmp_path):
+    tokenizer = wordpiece()
+    # Of random models one that is right now and then, and finds no answer where there is none.
+    model = tiny_model("BertForQuestionAnswering", seed=7, vocab_size=len(tokenizer), max_position_embeddings=128)
+    answerer = QuestionAnswerer(model, tokenizer)
+    made = make_questions(30, seed=7, negatives=version == "v2.0")
+    questions = read_questions(write(tmp_path / "dev.json", squad(*made)))
+    assert [(one.context, one.text) for one in questions] == [(context, asked["question"]) for context, asked in made]
+    assert read_questions(tmp_path / "dev.json", 4) == questions[:4]
+    cases = []
+    for one in questions:
+        (best,) = answerer(one.text, one.context, no_answer=version == "v2.0")
+        # Decided by the answerer: its answers all count.
+        cases.append((best.text, list(one.answers), *([0.0] if version == "v2.0" else [])))
+    expected = score(load(version), *cases)
+    found = squad_scores(answerer, questions)
+    assert found["exact_match"] == pytest.approx(expected["exact_match" if version == "v1.1" else "exact"])
+    assert found["f1"] == pytest.approx(expected["f1"]) and 0 < found["f1"] < 100
+    assert version == "v1.1" or found["exact_match"] > 0
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"data": [{"paragraphs": [{"qas": [{}], "context": ""}]}]}'])
+def test_what_is_no_squad_file_is_refused(content, tmp_path):
+    (tmp_path / "dev.json").write_text(content)
+    with pytest.raises(ValueError, match="dev.json is no JSON of SQuAD's layout"):
+        read_questions(tmp_path / "dev.json")
+    (tmp_path / "dev.json").write_text('{"data": []}')
+    with pytest.raises(ValueError, match="dev.json has no question"):
+        read_questions(tmp_path / "dev.json")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from tqdm.auto import tqdm
 
 WINDOWS_AT_ONCE = 2048  # K * K spans of each are in memory together
 
@@ -38,6 +39,7 @@ def find_answers(
     max_answer_length: int,
     version_2: bool = False,
     null_score_diff_threshold: float = 0.0,
+    show_progress: bool = False,
 ) -> Answers:
     """
     Search the best answers of every question over all windows of its context.
@@ -53,6 +55,7 @@ def find_answers(
         max_answer_length (`int`): Longest span, in tokens.
         version_2 (`bool`, *optional*, defaults to `False`): Whether a question may have no answer.
         null_score_diff_threshold (`float`, *optional*, defaults to 0.0): Null odds above which there is none.
+        show_progress (`bool`, *optional*, defaults to `False`): Whether bars are shown.
     """
     starts, ends = (np.asarray(side, dtype=np.float64) for side in logits)
     if not len(starts) == len(ends) == len(features):
@@ -61,9 +64,11 @@ def find_answers(
     example_F, null_F = (table[name].to_numpy() for name in ("example", "null_position"))
     token_start, token_end = (_rectangle(table[name].combine_chunks()) for name in ("token_start", "token_end"))
 
+    bars: dict[str, Any] = {"disable": not show_progress, "leave": False}
+    chunks = [slice(i, i + WINDOWS_AT_ONCE) for i in range(0, len(features), WINDOWS_AT_ONCE)]
     parts = [
         _best_spans(starts[chunk], ends[chunk], token_start[chunk] >= 0, n_best_size, max_answer_length)
-        for chunk in (slice(i, i + WINDOWS_AT_ONCE) for i in range(0, len(features), WINDOWS_AT_ONCE))
+        for chunk in tqdm(chunks, desc="Searching answers", **bars)
     ]
     first, last, score = (np.concatenate(part) for part in zip(*parts, strict=True))
     window, rank = np.nonzero(np.isfinite(score))
@@ -80,7 +85,9 @@ def find_answers(
     null_E[example_F[lowest]] = null_score_F[lowest]
 
     texts, spans, n_best, null_odds = {}, {}, {}, {}
-    for example, (name, context) in enumerate(zip(examples["id"], examples["context"], strict=True)):
+    questions = zip(examples["id"], examples["context"], strict=True)
+    questions = tqdm(questions, desc="Reading answers off", total=len(examples), **bars)
+    for example, (name, context) in enumerate(questions):
         found = slice(bounds[example], min(bounds[example + 1], bounds[example] + n_best_size))
         candidates = [
             {

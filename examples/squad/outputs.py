@@ -1,12 +1,32 @@
-"""What a run leaves on disk: its folder, written whole or not at all."""
+"""What a run leaves on disk, written whole or not at all, and what it shows meanwhile."""
 
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import logging
+
+
+@contextmanager
+def progress_bars(shown: bool) -> Iterator[None]:
+    """Whether the libraries show bars of their own for tokenizing and for loading and saving models."""
+    of_datasets, of_models = not datasets.are_progress_bars_disabled(), logging.is_progress_bar_enabled()
+    if not shown:
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if of_datasets and not shown:
+            datasets.enable_progress_bars()
+        if of_models and not shown:
+            logging.enable_progress_bar()
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -12,7 +12,7 @@ from answers import find_answers
 from arguments import CompressionArguments, DataArguments, ModelArguments, parse_arguments
 from datasets import Dataset, load_dataset
 from features import check_tokenizer, feature_maker
-from outputs import Results, check_output_dir, remove_checkpoints, write_json
+from outputs import Results, check_output_dir, progress_bars, remove_checkpoints, write_json
 from qa_trainer import PostProcess, QuestionAnsweringMixin, QuestionAnsweringTrainer
 from reading import check_examples, read_squad
 from transformers import (
@@ -107,6 +107,7 @@ def make_post_process(examples: dict[str, Dataset], data: DataArguments, trainin
             max_answer_length=data.max_answer_length,
             version_2=data.version_2_with_negative,
             null_score_diff_threshold=data.null_score_diff_threshold,
+            show_progress=training.should_log and not training.disable_tqdm,
         )
         if training.should_save:
             folder = Path(training.output_dir)
@@ -155,7 +156,18 @@ def size(model: PreTrainedModel, sequence_length: int) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run what the arguments ask for, and return the numbers of `all_results.json`."""
-    model_arguments, data, compression, training = parse_arguments(arguments)
+    parsed = parse_arguments(arguments)
+    with progress_bars(not parsed[-1].disable_tqdm):
+        return run(*parsed)
+
+
+def run(
+    model_arguments: ModelArguments,
+    data: DataArguments,
+    compression: CompressionArguments,
+    training: TrainingArguments,
+) -> dict[str, Any]:
+    """As [`main`], of arguments that are parsed."""
     checkpoint = check_output_dir(
         training.output_dir, resume=training.resume_from_checkpoint, overwrite=data.overwrite_output_dir
     )

@@ -6,39 +6,10 @@ punctuation are gone: two such answers share no word, so v1.1 gives F1 0; v2.0 g
 although their question still counts as one that has an answer.
 """
 
-import collections
-import re
-import string
-
 import datasets
 import evaluate
 
-_PUNCTUATION = str.maketrans("", "", string.punctuation)  # ASCII's only, as in the official scripts
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-
-
-def normalize(text):
-    """Lower case, without punctuation and articles, with single spaces."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
-
-
-def exact_match(prediction, gold):
-    """1 if both are the same text once normalized, else 0."""
-    return int(normalize(prediction) == normalize(gold))
-
-
-def f1(prediction, gold, empty_matches):
-    """Harmonic mean of precision and recall of the words. `empty_matches`: v2.0's rule for texts without words."""
-    predicted = normalize(prediction).split()
-    expected = normalize(gold).split()
-    if empty_matches and not (predicted and expected):
-        return int(predicted == expected)
-    shared = sum((collections.Counter(predicted) & collections.Counter(expected)).values())
-    if not shared:
-        return 0
-    precision = shared / len(predicted)
-    recall = shared / len(expected)
-    return 2 * precision * recall / (precision + recall)
+from hf_oto.scoring import exact_match, f1, normalize
 
 
 def score_v1(predictions, golds):
