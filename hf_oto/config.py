@@ -47,7 +47,7 @@ class OTOConfig:
             `"random"`, drawn anew at every selection from the run's seed. The last three are there to compare with.
         saliency_decay (`float`, *optional*, defaults to 0.98):
             Decay per optimizer step of the running mean, in [0, 1).
-        saliency_interval (`int`, *optional*, defaults to 4):
+        saliency_interval (`int`, *optional*, defaults to 1):
             Optimizer steps from one observation of the gradients to the next. The mean reaches back as far whatever
             it is; a larger one makes it noisier, and the optimizer's step cheaper.
         epsilon (`float`, *optional*, defaults to 0.0):
@@ -87,7 +87,7 @@ class OTOConfig:
     pruning_periods: int = 10
     saliency: str = "fisher"
     saliency_decay: float = 0.98
-    saliency_interval: int = 4
+    saliency_interval: int = 1
     epsilon: float = 0.0
     lmbda: float = 1e-3
     min_heads: int = 1

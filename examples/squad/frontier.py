@@ -132,6 +132,10 @@ class Frontier:
         if method in ("hspg", "magnitude", "random"):
             options += ["--compress", "--target_sparsity", str(run.target)]
             options += ["--saliency", method] if method != "hspg" else []
+            if "--lr_scheduler_type" not in options:  # the rate keeps its peak until the target is reached
+                options += ["--lr_scheduler_type", "warmup_stable_decay"]
+            if taught:  # what it has learnt is not learnt again
+                options += ["--model_name_or_path", str(self._dense(run.seed))]
         elif method == "published":
             options += ["--compress", "--target_sparsity", "none", "--lmbda", str(self._lmbda(run, options))]
         elif method == "layers":
