@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import EvalResult
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table
@@ -304,6 +305,34 @@ model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)
 With `import hf_oto` before it, `trust_remote_code` is not needed.
 
 """
+
+
+def leaderboard_results(
+    scores: Mapping[str, float], *, tasks: Sequence[str], datasets: Mapping[str, str]
+) -> list[EvalResult]:
+    """
+    Scores of an evaluation in the form in which the Hub's leaderboards read them from a model card.
+
+    Args:
+        scores (`Mapping[str, float]`): As [`Trainer`] logs them; only names that begin with `eval_` count, and of
+            these not how long it took.
+        tasks (`Sequence[str]`): The Hub's names of the tasks: `"question-answering"`.
+        datasets (`Mapping[str, str]`): The data sets' names, by their ids on the Hub.
+
+    Returns:
+        `list[EvalResult]`: One for every task, data set and score.
+    """
+    metrics = {
+        name.removeprefix("eval_"): value
+        for name, value in scores.items()
+        if name.startswith("eval_") and not name.endswith(("_time", "runtime", "_per_second", "_samples"))
+    }
+    return [
+        EvalResult(task_type=task, dataset_type=dataset, dataset_name=name, metric_type=metric, metric_value=value)
+        for task in tasks
+        for dataset, name in datasets.items()
+        for metric, value in metrics.items()
+    ]
 
 
 def total_cost(groups: Partition, heads: int, neurons: int, unit: str, sequence_length: int) -> int:

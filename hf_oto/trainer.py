@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments, get_wsd_schedule
 from transformers.integrations import TensorBoardCallback
+from transformers.modelcard import TASK_MAPPING
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
@@ -36,7 +37,7 @@ from .distillation import IGNORED, hidden_states_loss, load_teacher, logits_loss
 from .groups import partition
 from .hspg import HSPG
 from .parts import check_sharding, is_sharded
-from .report import card_section, figures, save_figures, summarize
+from .report import card_section, figures, leaderboard_results, save_figures, summarize
 from .schedule import Schedule
 from .surgery import block_counts, check_compressible, compress, gather, shrink
 
@@ -547,7 +548,8 @@ class OTOTrainer(Trainer):
 
     def create_model_card(self, *args: Any, dense_metrics: Mapping[str, float] | None = None, **kwargs: Any) -> None:
         """
-        As [`Trainer.create_model_card`], with what was removed, what every layer kept and how to load the model.
+        As [`Trainer.create_model_card`], with what was removed, what every layer kept and how to load the model. Where
+        the data set is known, or its id is given as `dataset_tags`, the last evaluation is in the leaderboards' form.
 
         Args:
             dense_metrics (`Mapping[str, float]`, *optional*):
@@ -571,15 +573,34 @@ class OTOTrainer(Trainer):
             dense_scores=dense_metrics,
         )
         card = ModelCard.load(path)
+        said = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
+        ids = card.data.datasets or []
+        names = said.get("dataset") or ids
+        card.data.model_name = card.data.model_name or path.parent.name
+        card.data.eval_results = leaderboard_results(
+            logged[-1] if logged else {},
+            tasks=_listed(said.get("tasks")) or self._hub_tasks(),
+            datasets=dict(zip(ids, _listed(names), strict=False)),
+        )
         draft, heading, rest = card.text.partition("## Model description")
         card.text = draft + section + heading + rest
         card.data.tags = sorted({*(card.data.tags or []), "hf-oto", "pruned"})
         card.save(path)
 
+    def _hub_tasks(self) -> list[str]:
+        """What the Hub calls the model's task."""
+        name = type(self._plain_model()).__name__
+        known = cast(dict[str, dict[str, str]], TASK_MAPPING)
+        return [task for task, classes in known.items() if name in classes.values()]
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             self.oto_config.save_pretrained(output_dir or self._output_dir)
+
+
+def _listed(names: str | Sequence[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or [])
 
 
 def _check_parallelism(model: Any, args: TrainingArguments | None) -> None:

@@ -96,6 +96,9 @@ def test_the_card_says_what_was_removed_and_how_to_load_it(trained):
     assert 'from_pretrained("me/small", trust_remote_code=True)' in text and "AutoModelForQuestionAnswering" in text
     assert "| layer | heads | of | neurons | of |" in " ".join(text.split()) and "| 2 " in text
     assert "| eval_loss | 1.25 |" in text
+    (result,) = card.data.eval_results
+    assert (result.task_type, result.dataset_type, result.dataset_name) == ("question-answering", "squad", "SQuAD")
+    assert result.metric_type == "loss" and f"{result.metric_value:.4g} |" in text
     for name in ("layers", "run"):
         assert f"({name}.png)" in text and files[f"{name}.png"][1:4] == b"PNG" and b"<svg" in files[f"{name}.svg"]
     assert text.index("## Compression") < text.index("## How to load it") < text.index("## Training procedure")

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_oto.architectures import BLOCK_SPECS
 from hf_oto.groups import partition, zero_groups
-from hf_oto.report import Summary, summarize
+from hf_oto.report import Summary, leaderboard_results, summarize
 from hf_oto.surgery import compress
 
 # What `zero_uneven` leaves of three blocks of 4 heads and 24 neurons.
@@ -213,3 +213,18 @@ def test_what_cannot_be_summed_up_is_refused():
         summarize(transformers.GPT2Model(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)))
     with pytest.raises(ValueError, match="not wrapped, got DataParallel"):
         summarize(torch.nn.DataParallel(model))
+
+
+def test_scores_in_the_leaderboards_form():
+    scores = {"eval_f1": 88.5, "eval_exact_match": 81.0, "eval_runtime": 3.0, "eval_samples_per_second": 9.0}
+    scores |= {"eval_model_preparation_time": 0.1, "eval_samples": 100, "epoch": 2.0}
+    found = leaderboard_results(
+        scores, tasks=["question-answering"], datasets={"squad": "SQuAD", "org/other": "Other"}
+    )
+    assert [(one.dataset_type, one.dataset_name, one.metric_type, one.metric_value) for one in found] == [
+        ("squad", "SQuAD", "f1", 88.5),
+        ("squad", "SQuAD", "exact_match", 81.0),
+        ("org/other", "Other", "f1", 88.5),
+        ("org/other", "Other", "exact_match", 81.0),
+    ]
+    assert leaderboard_results(scores, tasks=["question-answering"], datasets={}) == []
