@@ -10,10 +10,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .architectures import BLOCK_SPECS, dense_model_type
+from .architectures import BLOCK_SPECS, dense_model_type, refusal
 from .contexts import evaluating
 from .groups import Partition, partition, zero_groups
-from .modeling import CONFIGS, BiasOnly, layer_counts, pruned_heads, replace_module, resize_heads, resize_neurons
+from .modeling import (
+    CONFIGS,
+    KEPT_HEADS,
+    BiasOnly,
+    block_fields,
+    layer_counts,
+    pruned_heads,
+    replace_module,
+    resize_heads,
+    resize_neurons,
+)
 
 # What became of a parameter in a cut: its smaller successor (None where nothing is left), the dim, and what was kept.
 Cut = tuple[nn.Parameter | None, int, Tensor]
@@ -48,7 +58,8 @@ def compress(
     kept = [~zero_groups(array, parameters) for array in groups.arrays]
     heads, neurons = ([int(keep.sum()) for keep in kept[offset::2]] for offset in (0, 1))
     cut = _empty_model(model, pruned_config(model.config, heads, neurons))
-    _fill(cut, parameters, dict(model.named_buffers(remove_duplicate=False)), _indices(groups, kept))
+    buffers = dict(model.named_buffers(remove_duplicate=False)) | _kept_heads(model, groups, kept)
+    _fill(cut, parameters, buffers, _indices(groups, kept))
     cut.train(model.training)
     _compare(model, cut, _example(model) if example_inputs is None else example_inputs, atol)
     return cut
@@ -155,7 +166,8 @@ def block_counts(config: Any) -> list[tuple[int, int]]:
     if isinstance(config, CONFIGS):
         return layer_counts(config)
     spec = BLOCK_SPECS[dense_model_type(config.model_type)]
-    return [(getattr(config, spec.heads_field), getattr(config, spec.width_field))] * config.num_hidden_layers
+    heads = getattr(config, spec.key_heads_field or spec.heads_field)
+    return [(heads, getattr(config, spec.width_field))] * config.num_hidden_layers
 
 
 def _cut_in_place(
@@ -165,6 +177,7 @@ def _cut_in_place(
     spec = BLOCK_SPECS[groups.model_type]
     parameters = dict(model.named_parameters())
     blocks = model.base_model.get_submodule(spec.blocks)
+    kept_heads = _kept_heads(model, groups, kept)
     for array, keep in zip(groups.arrays, kept, strict=True):
         if bool(keep.all()):
             continue
@@ -182,6 +195,10 @@ def _cut_in_place(
                 replace_module(block, path, old)
             elif isinstance(made, BiasOnly):
                 made.bias = old.bias
+    for name, heads in kept_heads.items():
+        path, _, leaf = name.rpartition(".")
+        if hasattr(model.get_submodule(path), leaf):
+            _set(model, name, heads.to(model.device))
     cuts: dict[Tensor, Cut] = {}
     for name, (dim, entries) in _indices(groups, kept).items():
         source = parameters[name]
@@ -227,16 +244,16 @@ def pruned_config(config: PreTrainedConfig, heads: Sequence[int], neurons: Seque
     family = dense_model_type(config.model_type)
     classes = {dense_model_type(cls.model_type): cls for cls in CONFIGS}
     if family not in classes:
-        raise ValueError(f"`config` is of type {config.model_type!r}. Supported families: {', '.join(classes)}.")
+        raise ValueError(f"`config` is {refusal(config.model_type)}")
     if len(heads) != len(neurons):
         raise ValueError(f"`heads` and `neurons` must have one count per block, got {len(heads)} and {len(neurons)}.")
     spec = BLOCK_SPECS[family]
     settings = config.to_dict()
     for name in ("model_type", "architectures", "auto_map"):  # those of the old class
         settings.pop(name, None)
-    settings["head_dim"] = config.hidden_size // settings[spec.heads_field]
+    settings["head_dim"] = settings.get("head_dim") or config.hidden_size // settings[spec.heads_field]
     settings["per_layer_config"] = {
-        layer: {spec.heads_field: count, spec.width_field: width}
+        layer: block_fields(spec, settings, count, width)
         for layer, (count, width) in enumerate(zip(heads, neurons, strict=True))
     }
     pruned_class: Any = classes[family]
@@ -269,9 +286,28 @@ def _indices(groups: Partition, kept: Sequence[Tensor]) -> dict[str, tuple[int, 
     """What stays of every parameter that the groups own a part of: name -> (dim, indices)."""
     found: dict[str, tuple[int, Tensor]] = {}
     for array, keep in zip(groups.arrays, kept, strict=True):
-        entries = keep.repeat_interleave(array.width).nonzero().flatten()
-        for name, dim in array.members:
-            found[name] = dim, entries
+        groups_g = keep.nonzero().flatten()
+        for owned in array.owned:
+            found[owned.name] = owned.dim, owned.positions(array.count, groups_g)
+        if not len(groups_g):
+            found |= dict.fromkeys(array.shared, (0, groups_g))
+    return found
+
+
+def _kept_heads(model: PreTrainedModel, groups: Partition, kept: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Which of the dense heads are left, where attention needs to know: the buffer's name -> int64."""
+    spec = BLOCK_SPECS[groups.model_type]
+    if not spec.position_bias:
+        return {}
+    blocks, names = (
+        model.base_model.get_submodule(spec.blocks),
+        {module: name for name, module in model.named_modules()},
+    )
+    found = {}
+    for array, keep in zip(groups.arrays[::2], kept[::2], strict=True):
+        attention = blocks.get_submodule(f"{array.layer}.{spec.attention}")
+        now = getattr(attention, KEPT_HEADS, torch.arange(array.count))
+        found[f"{names[attention]}.{KEPT_HEADS}"] = now[keep.to(now.device)]
     return found
 
 

@@ -1,6 +1,7 @@
 """Tiny random models of every family with every task head: what the contract tests run over.
 
-A new family is a line in `CONFIGS` and one in `MODELS`.
+A new family is a line in `CONFIGS`. What heads a family has is the table of the pruned classes, which a test compares
+with transformers' own.
 """
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_oto.budget import dense_cost, floor_and_multiple, group_cost, removable_groups
 from hf_oto.config import OTOConfig
 from hf_oto.groups import GroupArray, Partition, partition
+from hf_oto.modeling import FAMILIES
 
 _COMMON = {
     "vocab_size": 61,
@@ -25,22 +27,21 @@ CONFIGS = {
     "xlm-roberta": _COMMON | _SIZES | {"pad_token_id": 1},
     "electra": _COMMON | _SIZES | {"embedding_size": 16},
     "distilbert": _COMMON | {"dim": 32, "n_heads": 4, "hidden_dim": 24},
+    "camembert": _COMMON | _SIZES | {"pad_token_id": 1},
+    "bert-generation": _COMMON | _SIZES,
+    "mpnet": _COMMON | _SIZES | {"pad_token_id": 1},
+    "esm": _COMMON | _SIZES | {"pad_token_id": 1, "mask_token_id": 3, "position_embedding_type": "rotary"},
 }
 
-_HEADS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForMultipleChoice", "ForTokenClassification")
-_HEADS += ("ForQuestionAnswering",)
-
 MODELS: dict[str, tuple[str, ...]] = {
-    "bert": tuple(f"Bert{head}" for head in (*_HEADS, "ForPreTraining", "ForNextSentencePrediction")),
-    "roberta": tuple(f"Roberta{head}" for head in _HEADS),
-    "xlm-roberta": tuple(f"XLMRoberta{head}" for head in _HEADS),
-    "electra": tuple(f"Electra{head}" for head in (*_HEADS, "ForPreTraining")),
-    "distilbert": tuple(f"DistilBert{head}" for head in _HEADS),
+    family: tuple(f"{stem}{ending}" for ending in endings) for family, (stem, endings) in FAMILIES.items()
 }
 
 # Every family with every head, and every family with one.
 ALL = [name for names in MODELS.values() for name in names]
-ONE_EACH = [next(name for name in names if name.endswith("ForQuestionAnswering")) for names in MODELS.values()]
+EVERY = [names[-1] for names in MODELS.values()]
+# A head for question answering of those whose blocks differ as far as the training goes: for what takes long.
+ONE_EACH = [MODELS[family][-1] for family in ("bert", "roberta", "xlm-roberta", "electra", "distilbert")]
 
 
 def family_of(name: str) -> str:
@@ -48,14 +49,19 @@ def family_of(name: str) -> str:
     return next(family for family, names in MODELS.items() if name in names)
 
 
+def attentions(name: str) -> list[str]:
+    """The attention implementations of a dense class that run here."""
+    return ["eager", "sdpa"] if getattr(transformers, name)._supports_sdpa else ["eager"]
+
+
 def tiny_config(family: str, **overrides) -> PreTrainedConfig:
     return transformers.AutoConfig.for_model(family, **CONFIGS[family] | overrides)
 
 
-def tiny_model(name: str, attention: str = "sdpa", seed: int = 0, **overrides) -> PreTrainedModel:
+def tiny_model(name: str, attention: str | None = None, seed: int = 0, **overrides) -> PreTrainedModel:
     """A dense model in evaluation mode. Biases and LayerNorms are random as well, so that none may be forgotten."""
     torch.manual_seed(seed)
-    config = tiny_config(family_of(name), attn_implementation=attention, **overrides)
+    config = tiny_config(family_of(name), attn_implementation=attention or attentions(name)[-1], **overrides)
     model = getattr(transformers, name)(config).eval()
     randomize(model)
     return model
@@ -94,12 +100,13 @@ def largest_difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -
 
 
 @torch.no_grad()
-def zero(model: PreTrainedModel, array: GroupArray, groups, members: tuple[tuple[str, int], ...] = ()) -> None:
-    """Set groups of an array to zero: all that they own, or their part of the given (name, dim)."""
+def zero(model: PreTrainedModel, array: GroupArray, groups, members: tuple = ()) -> None:
+    """Set groups of an array to zero: all that they own, or their part of the given (name, dim) or [`Owned`]."""
     parameters = dict(model.named_parameters())
-    for name, dim in members or array.members:
-        parts = parameters[name].unflatten(dim, (array.count, array.width))
-        parts.index_fill_(dim, torch.as_tensor(groups), 0)
+    for owned in array.owned if not members or isinstance(members[0], tuple) else members:
+        if not members or owned in members or (owned.name, owned.dim) in members:
+            positions = owned.positions(array.count, torch.as_tensor(groups))
+            parameters[owned.name].index_fill_(owned.dim, positions, 0)
 
 
 def zero_uneven(model: PreTrainedModel, seed: int = 0) -> list[tuple[int, int]]:
@@ -141,8 +148,11 @@ def question_batch(model: PreTrainedModel, seed: int = 1, size: int = 3) -> dict
 def owned(model: PreTrainedModel, array: GroupArray, group: int) -> list[Tensor]:
     """Views of all that one group owns, parameter by parameter."""
     parameters = dict(model.named_parameters())
-    places = slice(group * array.width, (group + 1) * array.width)
-    return [parameters[name].data[places if dim == 0 else (slice(None), places)] for name, dim in array.members]
+    return [
+        parameters[owned.name].data.narrow(owned.dim, (block * array.count + group) * owned.width, owned.width)
+        for owned in array.owned
+        for block in owned.blocks
+    ]
 
 
 def removed_and_next(groups: Partition, config: OTOConfig, zero: dict[tuple[int, str], Tensor]) -> tuple[int, int]:

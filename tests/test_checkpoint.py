@@ -13,8 +13,10 @@ import torch
 import transformers
 from families import (
     ALL,
+    EVERY,
     MODELS,
     ONE_EACH,
+    attentions,
     batch,
     counts,
     family_of,
@@ -27,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForQuestionAnswering
 
 from hf_oto import modeling
-from hf_oto.architectures import BLOCK_SPECS
+from hf_oto.architectures import BLOCK_SPECS, has_bias
 from hf_oto.surgery import compress
 
 KEPT = [(3, 16), (0, 12), (2, 0)]
@@ -67,19 +69,22 @@ def test_round_trip_through_the_auto_class(name, tmp_path, caplog, recwarn):
     spec = BLOCK_SPECS[family_of(name)]
     assert config["architectures"] == [f"OTO{name}"]
     assert config["per_layer_config"] == {
-        str(layer): {spec.heads_field: heads, spec.width_field: neurons} for layer, (heads, neurons) in enumerate(KEPT)
+        str(layer): modeling.block_fields(spec, config, heads, neurons) for layer, (heads, neurons) in enumerate(KEPT)
     }
-    assert (config[spec.heads_field], config[spec.width_field], config["head_dim"]) == (4, 24, 8)
+    assert [config[name] for name in (spec.key_heads_field or spec.heads_field, spec.width_field)] == [4, 24]
+    assert config["head_dim"] == 8
     assert config["auto_map"]["AutoModel"] == f"modeling.OTO{MODELS[family_of(name)][0]}"
     for source in ("modeling.py", "architectures.py"):
         assert (tmp_path / source).read_bytes() == Path(modeling.__file__).with_name(source).read_bytes()
     # No weights but those that are left: what was cut to nothing has a bias only.
     keys = load_file(tmp_path / "model.safetensors")
-    assert not [key for key in keys if f"layer.1.{spec.query}" in key or f"layer.2.{spec.neurons_in}" in key]
-    assert [key for key in keys if f"layer.1.{spec.attention_out}" in key][0].endswith(".bias")
+    heads, neurons = f"{spec.blocks}.1.{spec.query}", f"{spec.blocks}.2.{spec.neurons_in}"
+    assert not [key for key in keys if heads in key or neurons in key]
+    biases = [key.rpartition(".")[2] for key in keys if f"{spec.blocks}.1.{spec.attention_out}" in key]
+    assert biases == ["bias"] * has_bias(spec.out_bias, config)
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", EVERY)
 def test_ways_to_load_and_to_save(name, tmp_path, caplog, recwarn):
     model = pruned(name)
     expected = outputs(model)
@@ -87,7 +92,7 @@ def test_ways_to_load_and_to_save(name, tmp_path, caplog, recwarn):
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
 
     def load(**options):
-        return AutoModelForQuestionAnswering.from_pretrained(tmp_path / "shards", **options)
+        return auto_class(name).from_pretrained(tmp_path / "shards", **options)
 
     assert largest_difference(outputs(load()), expected) < SAME
     for device_map in ("cpu", {"": "cpu"}, "auto"):
@@ -97,13 +102,13 @@ def test_ways_to_load_and_to_save(name, tmp_path, caplog, recwarn):
     assert largest_difference(outputs(eager), expected) < 1e-5
     maps = eager(**batch(eager), output_attentions=True).attentions
     assert [weights.shape[1] for weights in maps] == [heads for heads, _ in KEPT]
-    eager.set_attn_implementation("sdpa")
+    eager.set_attn_implementation(attentions(name)[-1])
     assert largest_difference(outputs(eager), expected) < SAME
     small = load(dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in small.parameters()} == {torch.bfloat16}
     assert largest_difference(outputs(small), expected) < 0.2  # eight bits of mantissa through three blocks
     with torch.device("meta"):
-        empty = AutoModelForQuestionAnswering.from_config(model.config)
+        empty = auto_class(name).from_config(model.config)
     assert {key: value.shape for key, value in empty.state_dict().items()} == {
         key: value.shape for key, value in model.state_dict().items()
     }
@@ -200,7 +205,7 @@ def test_plain_trainer_goes_on(name, tmp_path):
     assert counts(AutoModel.from_pretrained(tmp_path / "run" / "checkpoint-2")) == KEPT
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", EVERY)
 def test_configs_and_models_are_copied(name):
     model = pruned(name)
     config = model.config
@@ -209,7 +214,7 @@ def test_configs_and_models_are_copied(name):
         assert twin.to_dict()["per_layer_config"] == config.to_dict()["per_layer_config"]
         assert counts(type(model)(twin)) == KEPT
     assert copy.deepcopy(config) == config
-    assert pruned(name.replace("ForQuestionAnswering", "Model"), num_hidden_layers=4).config != config
+    assert pruned(MODELS[family_of(name)][0], num_hidden_layers=4).config != config
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert largest_difference(outputs(twin), outputs(model)) < SAME
 
@@ -356,7 +361,7 @@ root = Path(sys.argv[1])
 for folder in sorted(root.glob("*/*")):
     auto = getattr(transformers, (folder / "auto").read_text())
     data = load_file(folder / "data.safetensors")
-    inputs = {key: data[key] for key in ("input_ids", "attention_mask")}
+    inputs = {key: data[key] for key in ("input_ids", "attention_mask", "pixel_values", "input_values") if key in data}
     expected = {key: value for key, value in data.items() if key not in inputs}
 
     def check(model):
@@ -406,7 +411,7 @@ print("done")
 @pytest.mark.slow
 def test_an_interpreter_without_hf_oto_loads_them_all(tmp_path):
     """Every family, and two structures of one, in one subprocess: its imports take seconds."""
-    names = [*ONE_EACH, "BertForMaskedLM", "BertForPreTraining", "DistilBertModel", "XLMRobertaForMultipleChoice"]
+    names = [*EVERY, "BertForMaskedLM", "BertForPreTraining", "DistilBertModel", "XLMRobertaForMultipleChoice"]
     for seed, name in enumerate([*names, "BertForQuestionAnswering"]):
         model = tiny_model(name, num_hidden_layers=4 if seed == len(names) else 3)
         zero_uneven(model, seed)
