@@ -114,6 +114,30 @@ BLOCK_SPECS: dict[str, BlockSpec] = {
         refused=(),
     ),
     "esm": replace(_BERT, activation=None),
+    "modernbert": BlockSpec(
+        blocks="layers",
+        attention="attn",
+        query="attn.Wqkv",
+        key="attn.Wqkv",
+        value="attn.Wqkv",
+        attention_out="attn.Wo",
+        neurons_in="mlp.Wi",
+        gate="mlp.Wi",
+        neurons_out="mlp.Wo",
+        activation="mlp.act",
+        query_bias="attention_bias",
+        out_bias="attention_bias",
+        neuron_bias="mlp_bias",
+        refused=(),
+    ),
+    "deberta-v2": replace(
+        _BERT,
+        query="attention.self.query_proj",
+        key="attention.self.key_proj",
+        value="attention.self.value_proj",
+        positions=(("attention.self.pos_key_proj", "c2p"), ("attention.self.pos_query_proj", "p2c")),
+        refused=(),
+    ),
 }
 
 # Families that have blocks of this kind and are refused all the same, with the reason.

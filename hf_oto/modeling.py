@@ -20,9 +20,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.bert.modeling_bert import BertSelfAttention
 from transformers.models.bert_generation.modeling_bert_generation import BertGenerationSelfAttention
 from transformers.models.camembert.modeling_camembert import CamembertSelfAttention
+from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
 from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAttention
 from transformers.models.electra.modeling_electra import ElectraSelfAttention
 from transformers.models.esm.modeling_esm import EsmSelfAttention
+from transformers.models.modernbert.modeling_modernbert import ModernBertAttention
 from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaSelfAttention
@@ -339,6 +341,8 @@ _HEADLESS: dict[type, Any] = {
         BertGenerationSelfAttention,
         MPNetSelfAttention,
         EsmSelfAttention,
+        ModernBertAttention,
+        DisentangledSelfAttention,
     )
 }
 globals().update({cls.__name__: cls for cls in _HEADLESS.values()})  # where pickle looks for them
@@ -362,6 +366,8 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "bert-generation": ("BertGeneration", ("Encoder",)),
     "mpnet": ("MPNet", ("Model", *_TEXT)),
     "esm": ("Esm", ("Model", *_SHORT)),
+    "modernbert": ("ModernBert", ("Model", *_TEXT)),
+    "deberta-v2": ("DebertaV2", ("Model", *_TEXT)),
 }
 
 

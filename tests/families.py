@@ -31,6 +31,10 @@ CONFIGS = {
     "bert-generation": _COMMON | _SIZES,
     "mpnet": _COMMON | _SIZES | {"pad_token_id": 1},
     "esm": _COMMON | _SIZES | {"pad_token_id": 1, "mask_token_id": 3, "position_embedding_type": "rotary"},
+    "modernbert": _COMMON | _SIZES | {"local_attention": 8} | dict.fromkeys(("pad_token_id", "eos_token_id"), 0),
+    "deberta-v2": _COMMON
+    | _SIZES
+    | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8, "share_att_key": False},
 }
 
 MODELS: dict[str, tuple[str, ...]] = {
@@ -47,6 +51,16 @@ ONE_EACH = [MODELS[family][-1] for family in ("bert", "roberta", "xlm-roberta", 
 def family_of(name: str) -> str:
     """The `model_type` of a dense class of [`MODELS`]."""
     return next(family for family, names in MODELS.items() if name in names)
+
+
+def group_sizes(name: str) -> tuple[int, int]:
+    """Weights of a head and of a neuron, by hand, for hidden size 32 and head size 8."""
+    bert = 4 * 32 * 8 + 3 * 8, 2 * 32 + 1  # four projections, three biases; two weights and a bias
+    others = {
+        "modernbert": (4 * 32 * 8, 3 * 32),
+        "deberta-v2": (6 * 32 * 8 + 5 * 8, 2 * 32 + 1),
+    }
+    return others.get(family_of(name), bert)
 
 
 def attentions(name: str) -> list[str]:

@@ -99,7 +99,8 @@ def test_ways_to_load_and_to_save(name, tmp_path, caplog, recwarn):
         assert largest_difference(outputs(load(device_map=device_map)), expected) < SAME
     eager = load(attn_implementation="eager")
     assert eager.config._attn_implementation == "eager"
-    assert largest_difference(outputs(eager), expected) < 1e-5
+    # Not the other implementation's outputs: where a window holds padding alone they may differ.
+    assert largest_difference(outputs(eager), outputs(pruned(name, attention="eager"))) < SAME
     maps = eager(**batch(eager), output_attentions=True).attentions
     assert [weights.shape[1] for weights in maps] == [heads for heads, _ in KEPT]
     eager.set_attn_implementation(attentions(name)[-1])

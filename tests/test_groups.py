@@ -5,7 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from families import ALL, EVERY, ONE_EACH, counts, family_of, owned, tiny_config, tiny_model, zero, zero_uneven
+from families import (
+    ALL,
+    EVERY,
+    ONE_EACH,
+    counts,
+    family_of,
+    group_sizes,
+    owned,
+    tiny_config,
+    tiny_model,
+    zero,
+    zero_uneven,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -15,9 +27,6 @@ from hf_oto.budget import group_cost
 from hf_oto.groups import partition, zero_groups
 from hf_oto.modeling import FAMILIES
 from hf_oto.surgery import compress
-
-# algorithm: 4·32·8 + 3·8 weights of a head, 2·32 + 1 of a neuron
-GROUP_SIZES = {"bert": (4 * 32 * 8 + 3 * 8, 2 * 32 + 1)}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -31,7 +40,7 @@ def test_groups_own_heads_and_neurons_and_nothing_else(name):
     parameters = dict(model.named_parameters())
     for array in groups.arrays:
         size = sum(part.numel() for part in owned(model, array, 0))
-        assert size == GROUP_SIZES.get(family_of(name), GROUP_SIZES["bert"])[array.kind == "neurons"]
+        assert size == group_sizes(name)[array.kind == "neurons"]
         assert size == group_cost(groups, array.kind, "params", 1)
         # Together the groups own each of their parameters whole, and no entry twice.
         for each in array.owned:
