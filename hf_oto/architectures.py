@@ -82,6 +82,20 @@ _BERT = BlockSpec(
     activation="intermediate.intermediate_act_fn",
 )
 
+_WAV2VEC2 = BlockSpec(
+    blocks="encoder.layers",
+    attention="attention",
+    query="attention.q_proj",
+    key="attention.k_proj",
+    value="attention.v_proj",
+    attention_out="attention.out_proj",
+    neurons_in="feed_forward.intermediate_dense",
+    neurons_out="feed_forward.output_dense",
+    activation="feed_forward.intermediate_act_fn",
+    embeddings="feature_extractor",
+    refused=(),
+)
+
 BLOCK_SPECS: dict[str, BlockSpec] = {
     "bert": _BERT,
     "roberta": _BERT,
@@ -138,6 +152,21 @@ BLOCK_SPECS: dict[str, BlockSpec] = {
         positions=(("attention.self.pos_key_proj", "c2p"), ("attention.self.pos_query_proj", "p2c")),
         refused=(),
     ),
+    "vit": BlockSpec(
+        blocks="layers",
+        attention="attention",
+        query="attention.q_proj",
+        key="attention.k_proj",
+        value="attention.v_proj",
+        attention_out="attention.o_proj",
+        neurons_in="mlp.fc1",
+        neurons_out="mlp.fc2",
+        activation="mlp.activation_fn",
+        query_bias="qkv_bias",
+        refused=(),
+    ),
+    "wav2vec2": _WAV2VEC2,
+    "hubert": _WAV2VEC2,
 }
 
 # Families that have blocks of this kind and are refused all the same, with the reason.

@@ -24,9 +24,12 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfA
 from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAttention
 from transformers.models.electra.modeling_electra import ElectraSelfAttention
 from transformers.models.esm.modeling_esm import EsmSelfAttention
+from transformers.models.hubert.modeling_hubert import HubertAttention
 from transformers.models.modernbert.modeling_modernbert import ModernBertAttention
 from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
+from transformers.models.vit.modeling_vit import ViTAttention
+from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2Attention
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaSelfAttention
 
 from .architectures import BLOCK_SPECS, PRUNED_PREFIX, BlockSpec, attention_rows, dense_model_type, has_bias
@@ -343,6 +346,9 @@ _HEADLESS: dict[type, Any] = {
         EsmSelfAttention,
         ModernBertAttention,
         DisentangledSelfAttention,
+        ViTAttention,
+        Wav2Vec2Attention,
+        HubertAttention,
     )
 }
 globals().update({cls.__name__: cls for cls in _HEADLESS.values()})  # where pickle looks for them
@@ -354,6 +360,7 @@ def _subclass(table: Mapping[type, Any], module: nn.Module) -> Any:
 
 _SHORT = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 _TEXT = (*_SHORT, "ForMultipleChoice", "ForQuestionAnswering")
+_SPEECH = ("ForSequenceClassification", "ForCTC")
 
 # Every family's name in its classes, and the endings of those that have a pruned counterpart: base model, then heads.
 FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -368,6 +375,9 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "esm": ("Esm", ("Model", *_SHORT)),
     "modernbert": ("ModernBert", ("Model", *_TEXT)),
     "deberta-v2": ("DebertaV2", ("Model", *_TEXT)),
+    "vit": ("ViT", ("Model", "ForMaskedImageModeling", "ForImageClassification")),
+    "wav2vec2": ("Wav2Vec2", ("Model", "ForPreTraining", "ForAudioFrameClassification", "ForXVector", *_SPEECH)),
+    "hubert": ("Hubert", ("Model", *_SPEECH)),
 }
 
 
@@ -401,6 +411,12 @@ _AUTO_CLASSES: tuple[Any, ...] = (
     transformers.AutoModelForMultipleChoice,
     transformers.AutoModelForTokenClassification,
     transformers.AutoModelForQuestionAnswering,
+    transformers.AutoModelForMaskedImageModeling,
+    transformers.AutoModelForImageClassification,
+    transformers.AutoModelForAudioClassification,
+    transformers.AutoModelForAudioFrameClassification,
+    transformers.AutoModelForAudioXVector,
+    transformers.AutoModelForCTC,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -282,6 +283,13 @@ def _pruned_class(model: PreTrainedModel, config: PreTrainedConfig) -> Any:
     return cls
 
 
+def auto_class_of(model: PreTrainedModel) -> str:
+    """The name of the Auto class that loads a model of a supported family once it is pruned."""
+    config_class = next(cls for cls in CONFIGS if dense_model_type(cls.model_type) == partition(model).model_type)
+    name = type(model).__name__
+    return next(auto.__name__ for auto, cls in pruned_heads(config_class) if cls.__name__ in (name, f"OTO{name}"))
+
+
 def _indices(groups: Partition, kept: Sequence[Tensor]) -> dict[str, tuple[int, Tensor]]:
     """What stays of every parameter that the groups own a part of: name -> (dim, indices)."""
     found: dict[str, tuple[int, Tensor]] = {}
@@ -364,13 +372,19 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _example(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A random batch that every head of the supported families takes; the second half of it is padded."""
+    """A random batch that every head of the supported families takes; the second half of its tokens is padded."""
     config: Any = model.config
+    generator = torch.Generator().manual_seed(0)  # of its own: the caller's random numbers are not used up
+    if model.main_input_name == "pixel_values":
+        size = config.image_size if isinstance(config.image_size, Sequence) else (config.image_size,) * 2
+        return {"pixel_values": torch.randn(2, config.num_channels, *size, generator=generator)}
+    if model.main_input_name == "input_values":
+        length = sum(config.conv_kernel) + 32 * math.prod(config.conv_stride)
+        return {"input_values": torch.randn(2, length, generator=generator)}
     padding = config.pad_token_id or 0
     # RoBERTa counts positions from the padding id on.
     length = max(1, min(32, config.max_position_embeddings - padding - 1))
     shape = (2, 2, length) if type(model).__name__.endswith("ForMultipleChoice") else (4, length)
-    generator = torch.Generator().manual_seed(0)  # of its own: the caller's random numbers are not used up
     input_ids = torch.randint(config.vocab_size, shape, generator=generator)
     attention_mask = torch.ones_like(input_ids)
     attention_mask[shape[0] // 2 :, ..., (length + 1) // 2 :] = 0
@@ -405,13 +419,14 @@ def _outputs(model: PreTrainedModel, inputs: Mapping[str, Any], precision: torch
     and attention weights are tuples and left out: a cut model has fewer attention weights by design.
     """
 
-    def raised(value: Any) -> Any:
+    def raised(value: Any, least: torch.dtype = precision) -> Any:
         if not isinstance(value, Tensor):
             return value
-        dtype = torch.promote_types(value.dtype, precision) if value.is_floating_point() else value.dtype
+        dtype = torch.promote_types(value.dtype, least) if value.is_floating_point() else value.dtype
         return value.to(model.device, dtype)
 
     tensors = {name: raised(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    inputs = {name: raised(value, torch.promote_types(precision, model.dtype)) for name, value in inputs.items()}
     with evaluating(model), torch.autocast(model.device.type, enabled=False):
-        outputs = functional_call(model, tensors, (), {name: raised(value) for name, value in inputs.items()})
+        outputs = functional_call(model, tensors, (), inputs)
     return {name: value for name, value in outputs.items() if isinstance(value, Tensor) and value.is_floating_point()}

@@ -20,6 +20,12 @@ _COMMON = {
     "max_position_embeddings": 40,
 }
 _SIZES = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 24}
+_SPEECH = _SIZES | {
+    **{"vocab_size": 61, "num_hidden_layers": 3, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
+    **{"conv_dim": (16, 16), "conv_stride": (4, 4), "conv_kernel": (8, 4), "num_feat_extract_layers": 2},
+    **{"tdnn_dim": (16, 16), "tdnn_kernel": (3, 1), "tdnn_dilation": (1, 1), "xvector_output_dim": 8},
+    **{"layerdrop": 0.0, "mask_time_prob": 0.0, "pad_token_id": 0},
+}
 
 CONFIGS = {
     "bert": _COMMON | _SIZES,
@@ -35,6 +41,9 @@ CONFIGS = {
     "deberta-v2": _COMMON
     | _SIZES
     | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8, "share_att_key": False},
+    "vit": _SIZES | {"num_hidden_layers": 3, "image_size": 16, "patch_size": 4, "encoder_stride": 4},
+    "wav2vec2": _SPEECH | {"proj_codevector_dim": 16, "codevector_dim": 16, "num_codevectors_per_group": 8},
+    "hubert": _SPEECH,
 }
 
 MODELS: dict[str, tuple[str, ...]] = {
@@ -88,8 +97,15 @@ def randomize(model: PreTrainedModel) -> None:
 
 
 def batch(model: PreTrainedModel, seed: int = 1, length: int = 13) -> dict[str, Tensor]:
-    """Inputs that every head takes, with padding at the end of the first sequence."""
+    """Inputs that every head takes, with padding at the end of the first sequence. Images have one size."""
     generator = torch.Generator().manual_seed(seed)
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(3, 3, 16, 16, generator=generator).to(model.dtype)}
+    if model.main_input_name == "input_values":
+        values = torch.randn(3, 16 * length + 20, generator=generator)
+        attention_mask = torch.ones_like(values, dtype=torch.int64)
+        attention_mask[0, values.shape[1] // 2 :] = 0
+        return {"input_values": (values * attention_mask).to(model.dtype), "attention_mask": attention_mask}
     choices = type(model).__name__.endswith("ForMultipleChoice")
     input_ids = torch.randint(2, 61, (3, 2, length) if choices else (3, length), generator=generator)
     attention_mask = torch.ones_like(input_ids)

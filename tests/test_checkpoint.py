@@ -26,6 +26,7 @@ from families import (
     zero_uneven,
 )
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import AutoModel, AutoModelForQuestionAnswering
 
 from hf_oto import modeling
@@ -46,6 +47,9 @@ def pruned(name, seed=0, **overrides):
 def auto_class(name):
     """The Auto class of a dense class's task: BertForMaskedLM -> AutoModelForMaskedLM."""
     task = name.partition("For")[2]
+    speech = {"SequenceClassification": "AudioClassification", "XVector": "AudioXVector"}
+    if family_of(name) in ("wav2vec2", "hubert"):
+        task = speech.get(task, task)
     return getattr(transformers, f"AutoModelFor{task}" if task else "AutoModel")
 
 
@@ -77,7 +81,10 @@ def test_round_trip_through_the_auto_class(name, tmp_path, caplog, recwarn):
     for source in ("modeling.py", "architectures.py"):
         assert (tmp_path / source).read_bytes() == Path(modeling.__file__).with_name(source).read_bytes()
     # No weights but those that are left: what was cut to nothing has a bias only.
-    keys = load_file(tmp_path / "model.safetensors")
+    keys = loaded.state_dict()
+    assert {tuple(tensor.shape) for tensor in load_file(tmp_path / "model.safetensors").values()} <= {
+        tuple(tensor.shape) for tensor in keys.values()
+    }
     heads, neurons = f"{spec.blocks}.1.{spec.query}", f"{spec.blocks}.2.{spec.neurons_in}"
     assert not [key for key in keys if heads in key or neurons in key]
     biases = [key.rpartition(".")[2] for key in keys if f"{spec.blocks}.1.{spec.attention_out}" in key]
@@ -216,7 +223,10 @@ def test_configs_and_models_are_copied(name):
         assert counts(type(model)(twin)) == KEPT
     assert copy.deepcopy(config) == config
     assert pruned(MODELS[family_of(name)][0], num_hidden_layers=4).config != config
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    twins = [copy.deepcopy(model)]
+    if not any(map(is_parametrized, model.modules())):  # of which torch pickles no model, dense or pruned
+        twins.append(pickle.loads(pickle.dumps(model)))
+    for twin in twins:
         assert largest_difference(outputs(twin), outputs(model)) < SAME
 
 
