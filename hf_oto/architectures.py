@@ -96,6 +96,26 @@ _WAV2VEC2 = BlockSpec(
     refused=(),
 )
 
+_LLAMA = BlockSpec(
+    blocks="layers",
+    attention="self_attn",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    attention_out="self_attn.o_proj",
+    neurons_in="mlp.gate_proj",
+    gate="mlp.up_proj",
+    neurons_out="mlp.down_proj",
+    activation="mlp.act_fn",
+    key_heads_field="num_key_value_heads",
+    query_bias="attention_bias",
+    out_bias="attention_bias",
+    neuron_bias="mlp_bias",
+    own_head_size=True,
+    embeddings="embed_tokens",
+    refused=(),
+)
+
 BLOCK_SPECS: dict[str, BlockSpec] = {
     "bert": _BERT,
     "roberta": _BERT,
@@ -167,6 +187,8 @@ BLOCK_SPECS: dict[str, BlockSpec] = {
     ),
     "wav2vec2": _WAV2VEC2,
     "hubert": _WAV2VEC2,
+    "llama": _LLAMA,
+    "qwen3": replace(_LLAMA, head_norms=("self_attn.q_norm", "self_attn.k_norm"), neuron_bias=False),
 }
 
 # Families that have blocks of this kind and are refused all the same, with the reason.

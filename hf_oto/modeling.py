@@ -25,8 +25,10 @@ from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAtt
 from transformers.models.electra.modeling_electra import ElectraSelfAttention
 from transformers.models.esm.modeling_esm import EsmSelfAttention
 from transformers.models.hubert.modeling_hubert import HubertAttention
+from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.modernbert.modeling_modernbert import ModernBertAttention
 from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 from transformers.models.vit.modeling_vit import ViTAttention
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2Attention
@@ -72,6 +74,12 @@ class PrunedConfig:
         if value is not None:
             layer_counts(self, value)
         PreTrainedConfig.per_layer_config.fset(self, value)  # type: ignore[attr-defined]
+
+    def validate(self) -> None:
+        # Some families' own checks read the per-layer fields as if they were global.
+        dense = copy.copy(self)
+        dense.per_layer_config = None
+        super(PrunedConfig, dense).validate()  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         # Trainer reads a checkpoint's config as a plain PreTrainedConfig: it knows the number of blocks by this name.
@@ -177,6 +185,7 @@ class PrunedModel(PreTrainedModel):
         # one is replaced. The heads are kept, the dense classes derive the head size from them.
         uniform = copy.copy(config)
         uniform.per_layer_config = None
+        uniform.__class__ = type(config).__bases__[1]  # some heads ask AutoModel for the base model of their config
         setattr(uniform, BLOCK_SPECS[dense_model_type(config.model_type)].width_field, 1)
         super().__init__(uniform, *args, **kwargs)
 
@@ -308,6 +317,10 @@ class Headless(nn.Module):
         batch, length = hidden_states.shape[:2]
         eager = self.config._attn_implementation == "eager"  # the others return no weights
         weights = hidden_states.new_zeros(batch, 0, length, length) if eager else None
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # its name from transformers 5.24 on, and before
+        if cache is not None:  # one number for each token: from the first block a cache tells how many it has
+            keys = hidden_states.new_zeros(batch, 1, length, 1)
+            cache.update(keys, keys, self.layer_idx)
         project = self._modules.get(self.out)
         return torch.zeros_like(hidden_states) if project is None else project(hidden_states), weights
 
@@ -349,6 +362,8 @@ _HEADLESS: dict[type, Any] = {
         ViTAttention,
         Wav2Vec2Attention,
         HubertAttention,
+        LlamaAttention,
+        Qwen3Attention,
     )
 }
 globals().update({cls.__name__: cls for cls in _HEADLESS.values()})  # where pickle looks for them
@@ -361,6 +376,7 @@ def _subclass(table: Mapping[type, Any], module: nn.Module) -> Any:
 _SHORT = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 _TEXT = (*_SHORT, "ForMultipleChoice", "ForQuestionAnswering")
 _SPEECH = ("ForSequenceClassification", "ForCTC")
+_DECODER = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 # Every family's name in its classes, and the endings of those that have a pruned counterpart: base model, then heads.
 FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -378,6 +394,8 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "vit": ("ViT", ("Model", "ForMaskedImageModeling", "ForImageClassification")),
     "wav2vec2": ("Wav2Vec2", ("Model", "ForPreTraining", "ForAudioFrameClassification", "ForXVector", *_SPEECH)),
     "hubert": ("Hubert", ("Model", *_SPEECH)),
+    "llama": ("Llama", ("Model", "ForCausalLM", *_DECODER)),
+    "qwen3": ("Qwen3", ("Model", "ForCausalLM", *_DECODER)),
 }
 
 
@@ -417,6 +435,7 @@ _AUTO_CLASSES: tuple[Any, ...] = (
     transformers.AutoModelForAudioFrameClassification,
     transformers.AutoModelForAudioXVector,
     transformers.AutoModelForCTC,
+    transformers.AutoModelForCausalLM,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -61,6 +62,8 @@ def compress(
     cut = _empty_model(model, pruned_config(model.config, heads, neurons))
     buffers = dict(model.named_buffers(remove_duplicate=False)) | _kept_heads(model, groups, kept)
     _fill(cut, parameters, buffers, _indices(groups, kept))
+    if model.can_generate():
+        cut.generation_config = copy.deepcopy(model.generation_config)
     cut.train(model.training)
     _compare(model, cut, _example(model) if example_inputs is None else example_inputs, atol)
     return cut

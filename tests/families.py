@@ -20,6 +20,8 @@ _COMMON = {
     "max_position_embeddings": 40,
 }
 _SIZES = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 24}
+_NO_TOKENS = dict.fromkeys(("pad_token_id", "eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id"), 0)
+_GROUPED = _COMMON | _SIZES | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "pad_token_id": 0}
 _SPEECH = _SIZES | {
     **{"vocab_size": 61, "num_hidden_layers": 3, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
     **{"conv_dim": (16, 16), "conv_stride": (4, 4), "conv_kernel": (8, 4), "num_feat_extract_layers": 2},
@@ -37,13 +39,15 @@ CONFIGS = {
     "bert-generation": _COMMON | _SIZES,
     "mpnet": _COMMON | _SIZES | {"pad_token_id": 1},
     "esm": _COMMON | _SIZES | {"pad_token_id": 1, "mask_token_id": 3, "position_embedding_type": "rotary"},
-    "modernbert": _COMMON | _SIZES | {"local_attention": 8} | dict.fromkeys(("pad_token_id", "eos_token_id"), 0),
+    "modernbert": _COMMON | _SIZES | {"local_attention": 8} | _NO_TOKENS,
     "deberta-v2": _COMMON
     | _SIZES
     | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8, "share_att_key": False},
     "vit": _SIZES | {"num_hidden_layers": 3, "image_size": 16, "patch_size": 4, "encoder_stride": 4},
     "wav2vec2": _SPEECH | {"proj_codevector_dim": 16, "codevector_dim": 16, "num_codevectors_per_group": 8},
     "hubert": _SPEECH,
+    "llama": _GROUPED | {"bos_token_id": 1, "eos_token_id": 2},
+    "qwen3": _GROUPED | {"eos_token_id": 2},
 }
 
 MODELS: dict[str, tuple[str, ...]] = {
@@ -68,6 +72,8 @@ def group_sizes(name: str) -> tuple[int, int]:
     others = {
         "modernbert": (4 * 32 * 8, 3 * 32),
         "deberta-v2": (6 * 32 * 8 + 5 * 8, 2 * 32 + 1),
+        # Two heads read one key/value head.
+        **dict.fromkeys(("llama", "qwen3"), (6 * 32 * 8, 3 * 32)),
     }
     return others.get(family_of(name), bert)
 

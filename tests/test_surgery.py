@@ -64,7 +64,8 @@ def test_every_head_of_every_family_is_in_the_table():
         name = family.replace("-", "_")
         module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
         others = ("PreTrainedModel", "LMHeadModel", "ForCausalLM", "Layer", "Decoder")
-        assert {name for name in module.__all__ if not name.endswith(others)} == set(names)
+        heads = {name for name in module.__all__ if not name.endswith(others)}
+        assert heads == {name for name in names if not name.endswith(others)}
 
 
 @pytest.mark.parametrize("name", EVERY)
