@@ -193,6 +193,7 @@ BLOCK_SPECS: dict[str, BlockSpec] = {
 
 # Families that have blocks of this kind and are refused all the same, with the reason.
 REFUSED: dict[str, str] = {
+    "albert": "one block's weights serve all its layers, so that a layer cannot have sizes of its own",
     "bart": "its decoder's cross-attention heads read the encoder's states, and both have their sizes in one config",
     "t5": "its first block computes a bias by head that serves all blocks, and one config serves encoder and decoder",
     "gpt2": "its projections keep rows and columns the other way round, and its key/value cache is laid out by head",

@@ -126,6 +126,11 @@ def test_models_without_known_groups_are_refused():
         partition(gpt2)
     with pytest.raises(ValueError, match=f"not wrapped, got Linear. {supported}"):
         partition(nn.Linear(2, 2))
+    with torch.device("meta"):
+        for family, reason in REFUSED.items():
+            model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(family))
+            with pytest.raises(ValueError, match=f"'{family}', which is refused: {reason}. {supported}"):
+                partition(model)
     wrapped = nn.DataParallel(tiny_model("BertModel"))
     with pytest.raises(ValueError, match="not wrapped, got DataParallel"):
         partition(wrapped)
