@@ -11,7 +11,7 @@ import copy
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -312,6 +312,10 @@ class Headless(nn.Module):
     def __init__(self, config: Any, layer_idx: int | None, out: str) -> None:
         nn.Module.__init__(self)  # the dense class would make its projections
         self.config, self.layer_idx, self.out = config, layer_idx, out
+        # In some releases attention gives a third value, which is for decoders.
+        dense: Any = type(self).__bases__[1]
+        values = get_args(dense.forward.__annotations__.get("return"))
+        self.others = (None,) * (len(values) - 2)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         batch, length = hidden_states.shape[:2]
@@ -322,7 +326,8 @@ class Headless(nn.Module):
             keys = hidden_states.new_zeros(batch, 1, length, 1)
             cache.update(keys, keys, self.layer_idx)
         project = self._modules.get(self.out)
-        return torch.zeros_like(hidden_states) if project is None else project(hidden_states), weights
+        context = torch.zeros_like(hidden_states) if project is None else project(hidden_states)
+        return (context, weights, *self.others)
 
 
 # A buffer of attention that is given something for each dense head: those that it has kept.
@@ -403,7 +408,9 @@ def _pruned_classes(model_type: str) -> dict[str, type]:
     """The classes of a family by name: `OTOBertConfig`, and one model for each of the family's own."""
     name, endings = FAMILIES[model_type]
     settings = {"model_type": f"{PRUNED_PREFIX}{model_type.replace('-', '_')}"}
-    fields = {"head_dim": None, "__annotations__": {"head_dim": int | None}}
+    fields: dict[str, Any] = {"head_dim": None, "__annotations__": {"head_dim": int | None}}
+    if BLOCK_SPECS[model_type].own_head_size:
+        fields = {}
     dense = getattr(transformers, f"{name}Config")
     config = type(f"OTO{name}Config", (PrunedConfig, dense), {**settings, **fields})
     classes = {config.__name__: config}
