@@ -429,7 +429,6 @@ CONFIGS: tuple[Any, ...] = tuple(next(iter(classes.values())) for classes in _CL
 _AUTO_CLASSES: tuple[Any, ...] = (
     transformers.AutoModel,
     transformers.AutoModelForTextEncoding,
-    transformers.AutoModelForPreTraining,
     transformers.AutoModelForMaskedLM,
     transformers.AutoModelForNextSentencePrediction,
     transformers.AutoModelForSequenceClassification,
@@ -443,6 +442,7 @@ _AUTO_CLASSES: tuple[Any, ...] = (
     transformers.AutoModelForAudioXVector,
     transformers.AutoModelForCTC,
     transformers.AutoModelForCausalLM,
+    transformers.AutoModelForPreTraining,  # the last: many families have no head of its own for it
 )
 
 

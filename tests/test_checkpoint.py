@@ -32,7 +32,7 @@ from transformers import AutoModel, AutoModelForQuestionAnswering
 from hf_oto import modeling
 from hf_oto.architectures import BLOCK_SPECS, has_bias
 from hf_oto.groups import partition
-from hf_oto.surgery import compress
+from hf_oto.surgery import auto_class_of, compress
 
 KEPT = [(3, 16), (0, 12), (2, 0)]
 # Loaded weights lie at another address, where the same product may be summed in another order.
@@ -63,6 +63,7 @@ def same_weights(model, other):
 def test_round_trip_through_the_auto_class(name, tmp_path, caplog, recwarn):
     model = pruned(name)
     model.save_pretrained(tmp_path)
+    assert auto_class_of(model) == auto_class(name).__name__
     loaded = auto_class(name).from_pretrained(tmp_path)
     assert type(loaded) is type(model)
     assert same_weights(loaded, model)
