@@ -20,18 +20,20 @@ def group_cost(partition: Partition, kind: str, unit: str, sequence_length: int)
     Cost of one group.
 
     Args:
-        partition ([`~hf_oto.groups.Partition`]): Gives the hidden size H and the head size D.
+        partition ([`~hf_oto.groups.Partition`]): Gives the weights that a group owns, and the head size D.
         kind (`str`): `"heads"` or `"neurons"`.
-        unit (`str`): `"params"`: 4HD + 3D weights of a head, 2H + 1 of a neuron. `"macs"` of one sequence of L tokens:
-            L(4HD + 2LD) for a head (projections; scores and context), 2LH for a neuron. `"groups"`: 1.
+        unit (`str`): `"params"`: entries of matrices and biases, in BERT 4HD + 3D of a head and 2H + 1 of a neuron.
+            `"macs"` of one sequence of L tokens: L for each entry of a matrix, and of a head 2L²D more for scores and
+            context (for each of the heads that read one key/value head). `"groups"`: 1.
         sequence_length (`int`): L, in tokens.
     """
-    hidden, head, length = partition.hidden_size, partition.head_size, sequence_length
     if unit == "groups":
         return 1
+    matrices, biases = partition.head_weights if kind == "heads" else partition.neuron_weights
     if unit == "params":
-        return 4 * hidden * head + 3 * head if kind == "heads" else 2 * hidden + 1
-    return length * (4 * hidden * head + 2 * length * head) if kind == "heads" else 2 * length * hidden
+        return matrices + biases
+    scores = 2 * sequence_length * partition.head_size * partition.queries if kind == "heads" else 0
+    return sequence_length * (matrices + scores)
 
 
 def dense_cost(partition: Partition, config: OTOConfig, unit: str | None = None) -> int:

@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 
 from . import benchmark, modeling
 from .answering import OnnxAnswerer, QuestionAnswerer
-from .architectures import BLOCK_SPECS, PRUNED_PREFIX, dense_model_type
+from .architectures import BLOCK_SPECS, PRUNED_PREFIX, dense_model_type, refusal
 from .budget import allowance, check_target, reach, target_examples
 from .config import CONFIG_NAME as OTO_CONFIG_NAME
 from .config import OTOConfig
@@ -386,7 +386,7 @@ def _config(name: str) -> PreTrainedConfig:
     except OSError as error:
         raise OSError(f"{name} is no folder, and no model that the Hub gives: {error}") from error
     if dense_model_type(config.model_type) not in BLOCK_SPECS:
-        raise ValueError(f"{name} is of type {config.model_type!r}. Supported families: {', '.join(BLOCK_SPECS)}.")
+        raise ValueError(f"{name} is {refusal(config.model_type)}")
     return config
 
 

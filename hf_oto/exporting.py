@@ -142,6 +142,7 @@ def example_batch(
 
     Shapes: `[batch, length]`, for multiple choice `[batch, 2, length]`.
     """
+    _check_tokens(model)
     config: Any = model.config
     padding = config.pad_token_id or 0
     shape = (batch_size, 2, length) if type(model).__name__.endswith("ForMultipleChoice") else (batch_size, length)
@@ -161,8 +162,14 @@ def example_batch(
 
 def longest_input(model: PreTrainedModel) -> int:
     """Tokens that any model of the supported families reads: the RoBERTas count positions from the padding id on."""
+    _check_tokens(model)
     config: Any = model.config
     return max(1, config.max_position_embeddings - (config.pad_token_id or 0) - 1)
+
+
+def _check_tokens(model: PreTrainedModel) -> None:
+    if model.main_input_name != "input_ids":
+        raise ValueError(f"`model` reads {model.main_input_name!r}. This is for models that read tokens.")
 
 
 def inference_session(path: Path, threads: int | None = None) -> Any:

@@ -453,12 +453,12 @@ class HSPG(Optimizer):
         """Find the groups that are zero already. Now the weights are where they will be, on their rank and device."""
         parts = self._parts(self._all_groups())
         device = parts[0][1].positions_P.device
-        silencers = {name for array in self._arrays for name in array.silencers}
         columns = {array.columns for array in self._arrays}
+        silencers = parts_of(self._arrays, self._all_groups(), self._places(), silencers=True)
         sums_2G = torch.zeros(2, self._num_groups, device=device)  # of |x|: the silencing rows, the columns
-        for name, part in parts:
-            if name in silencers or name in columns:
-                part.add_sums(sums_2G[int(name in columns)], part.read().abs_())
+        for sums_G, summed in zip(sums_2G, (silencers, [each for each in parts if each[0] in columns]), strict=True):
+            for _, part in summed:
+                part.add_sums(sums_G, part.read().abs_())
         sum_over_shards(sums_2G, [part.parameter for _, part in parts])
         self._first_group[_SALIENCY] = torch.zeros(self._num_groups, device=device)
         self._first_group[_STATUS] = (sums_2G == 0).any(dim=0).to(torch.uint8) * ZERO

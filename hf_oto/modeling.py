@@ -11,19 +11,30 @@ import copy
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.bert.modeling_bert import BertSelfAttention
+from transformers.models.bert_generation.modeling_bert_generation import BertGenerationSelfAttention
+from transformers.models.camembert.modeling_camembert import CamembertSelfAttention
+from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
 from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAttention
 from transformers.models.electra.modeling_electra import ElectraSelfAttention
+from transformers.models.esm.modeling_esm import EsmSelfAttention
+from transformers.models.hubert.modeling_hubert import HubertAttention
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.modernbert.modeling_modernbert import ModernBertAttention
+from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
+from transformers.models.vit.modeling_vit import ViTAttention
+from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2Attention
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaSelfAttention
 
-from .architectures import BLOCK_SPECS, BlockSpec, dense_model_type
+from .architectures import BLOCK_SPECS, PRUNED_PREFIX, BlockSpec, attention_rows, dense_model_type, has_bias
 
 if not hasattr(PreTrainedConfig, "per_layer_config"):
     raise ImportError(f"Pruned models need transformers 5.14 or later, got {transformers.__version__}. Upgrade it.")
@@ -45,7 +56,8 @@ class PrunedConfig:
             `hidden_size // num_attention_heads` holds in every block.
         per_layer_config (`dict[int | str, dict[str, int]]`):
             Heads and neurons left, for every block, under the family's own field names (`num_attention_heads` and
-            `intermediate_size`; `n_heads` and `hidden_dim` for DistilBERT). 0 is allowed.
+            `intermediate_size`; `n_heads` and `hidden_dim` for DistilBERT; `num_key_value_heads` too where several
+            heads read one key/value head). 0 is allowed.
 
     Raises:
         `ValueError`: The counts are no counts of a model pruned from the global values; see [`layer_counts`].
@@ -94,6 +106,12 @@ class PrunedConfig:
                 f"The config of a pruned model has a value that it cannot have: {_cut(str(error))}"
             ) from error
 
+    def validate(self) -> None:
+        # Some families' own checks read the per-layer fields as if they were global.
+        dense = copy.copy(self)
+        dense.per_layer_config = None
+        super(PrunedConfig, dense).validate()  # type: ignore[misc]
+
     def to_dict(self) -> dict[str, Any]:
         # Trainer reads a checkpoint's config as a plain PreTrainedConfig: it knows the number of blocks by this name.
         return {**super().to_dict(), "num_hidden_layers": self.num_hidden_layers}  # type: ignore[misc, attr-defined]
@@ -133,18 +151,20 @@ def layer_counts(config: Any, per_layer_config: Any = None) -> list[tuple[int, i
         )
     # The per-layer fields may not be read from the config itself as if they were global.
     dense = {name: vars(config)[name] for name in (spec.heads_field, spec.width_field)}
+    if spec.key_heads_field:
+        dense[spec.key_heads_field] = vars(config)[spec.key_heads_field]
     sizes = {"hidden_size": config.hidden_size, "head_dim": config.head_dim, **dense}
     sizes["num_hidden_layers"] = layers = config.num_hidden_layers
     sizes |= {name: vars(config)[name] for name in _OTHER_SIZES if name in vars(config)}
     for name, size in sizes.items():
-        if not _is_count(size) or size == 0:
+        if not _is_count(size) or (size == 0 and name != "type_vocab_size"):  # DeBERTa has no types of tokens
             raise ValueError(f"`{name}` must be a positive integer in a pruned config, got {_shortened(size)}.")
         if size > _LARGEST_SIZE:
             raise ValueError(f"`{name}` must be at most {_LARGEST_SIZE} in a pruned config, got {_shortened(size)}.")
-    pad, rows = config.pad_token_id, sizes["vocab_size"]
-    if pad is not None and not -rows <= pad < rows:
+    pad, rows = config.pad_token_id, sizes.get("vocab_size")
+    if pad is not None and rows is not None and not -rows <= pad < rows:
         raise ValueError(f"`pad_token_id` must be None or a row of the {rows} of `vocab_size`, got {_shortened(pad)}.")
-    if config.head_dim * dense[spec.heads_field] != config.hidden_size:
+    if not spec.own_head_size and config.head_dim * dense[spec.heads_field] != config.hidden_size:
         raise ValueError(
             f"`head_dim` * `{spec.heads_field}` must be `hidden_size` in a pruned config, got {config.head_dim} * "
             f"{dense[spec.heads_field]} and {config.hidden_size}: global values are those before pruning."
@@ -157,7 +177,7 @@ def layer_counts(config: Any, per_layer_config: Any = None) -> list[tuple[int, i
         )
     for layer, entry in entries.items():
         if not isinstance(entry, Mapping) or set(entry) != set(dense):
-            names = f"`{spec.heads_field}` and `{spec.width_field}`"
+            names = " and ".join(f"`{name}`" for name in dense)
             raise ValueError(f"`per_layer_config[{layer}]` must have {names}, no more, got {_shortened(entry)}.")
         for name, limit in dense.items():
             if not _is_count(entry[name]) or entry[name] > limit:
@@ -165,7 +185,23 @@ def layer_counts(config: Any, per_layer_config: Any = None) -> list[tuple[int, i
                     f"`per_layer_config[{layer}]['{name}']` must be an integer from 0 to the dense {limit}, got "
                     f"{_shortened(entry[name])}."
                 )
-    return [(entries[layer][spec.heads_field], entries[layer][spec.width_field]) for layer in range(layers)]
+    groups_field = spec.key_heads_field or spec.heads_field
+    for layer, entry in entries.items():
+        if entry[spec.heads_field] * dense[groups_field] != entry[groups_field] * dense[spec.heads_field]:
+            raise ValueError(
+                f"`per_layer_config[{layer}]` must have as many heads for each key/value head as the dense model, got "
+                f"{_shortened(entry)}."
+            )
+    return [(entries[layer][groups_field], entries[layer][spec.width_field]) for layer in range(layers)]
+
+
+def block_fields(spec: BlockSpec, fields: Mapping[str, Any], heads: int, neurons: int) -> dict[str, int]:
+    """A block's entry in `per_layer_config`; `fields` are the dense config's."""
+    entry = {spec.heads_field: heads, spec.width_field: neurons}
+    if spec.key_heads_field:
+        queries = fields[spec.heads_field] // fields[spec.key_heads_field]
+        entry |= {spec.heads_field: heads * queries, spec.key_heads_field: heads}
+    return entry
 
 
 def _check_fields(fields: Mapping[str, Any]) -> None:
@@ -212,6 +248,7 @@ class PrunedModel(PreTrainedModel):
         # one is replaced. The heads are kept, the dense classes derive the head size from them.
         uniform = copy.copy(config)
         uniform.per_layer_config = None
+        uniform.__class__ = type(config).__bases__[1]  # some heads ask AutoModel for the base model of their config
         setattr(uniform, BLOCK_SPECS[dense_model_type(config.model_type)].width_field, 1)
         try:
             super().__init__(uniform, *args, **kwargs)
@@ -234,6 +271,11 @@ class PrunedModel(PreTrainedModel):
             resize_heads(block, spec, config, heads)
             resize_neurons(block, spec, config, neurons)
         super().post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # The families' own initialization looks for the weights that a structure cut to nothing has no more.
+        if not isinstance(module, Headless) and not any(isinstance(part, BiasOnly) for part in module.children()):
+            super()._init_weights(module)
 
     @classmethod
     def from_pretrained(
@@ -287,28 +329,38 @@ def _check_weights(model: Any, info: Mapping[str, Any], source: Any, ignore_mism
 def resize_heads(block: nn.Module, spec: BlockSpec, config: Any, heads: int) -> None:
     """Give one dense block its number of heads."""
     hidden_size, attention = config.hidden_size, block.get_submodule(spec.attention)
-    if heads:
-        width = heads * config.head_dim
-        for path in (spec.query, spec.key, spec.value):
-            replace_module(block, path, nn.Linear(hidden_size, width))
-        replace_module(block, spec.attention_out, nn.Linear(width, hidden_size))
-        setattr(attention, spec.heads_field, heads)
-        if hasattr(attention, "all_head_size"):
-            attention.all_head_size = width
-    else:
-        replace_module(block, spec.attention, _HEADLESS[type(attention)](config))
-        replace_module(block, spec.attention_out, BiasOnly(hidden_size))
+    fields = vars(config)
+    dense_heads = fields[spec.key_heads_field or spec.heads_field]
+    queries = fields[spec.heads_field] // dense_heads
+    out_bias = has_bias(spec.out_bias, fields)
+    if not heads:
+        kept = getattr(attention, "layer_idx", None), spec.attention_out.removeprefix(f"{spec.attention}.")
+        replace_module(block, spec.attention, _subclass(_HEADLESS, attention)(config, *kept))
+        replace_module(block, spec.attention_out, BiasOnly(hidden_size, out_bias))
+        return
+    paths, width = attention_rows(spec, fields), heads * config.head_dim
+    for path in dict.fromkeys(paths):
+        rows = paths.count(path) * width * (queries if path == spec.query else 1)
+        replace_module(block, path, nn.Linear(hidden_size, rows, has_bias(spec.query_bias, fields)))
+    replace_module(block, spec.attention_out, nn.Linear(width * queries, hidden_size, out_bias))
+    for name, size in (*dict.fromkeys(_COUNTS, heads * queries).items(), *dict.fromkeys(_WIDTHS, width).items()):
+        if hasattr(attention, name):
+            setattr(attention, name, size)
+    if spec.position_bias and heads < dense_heads:
+        attention.__class__ = _subclass(_SELECTIVE, attention)
+        attention.register_buffer(KEPT_HEADS, torch.arange(heads))
 
 
 def resize_neurons(block: nn.Module, spec: BlockSpec, config: Any, neurons: int) -> None:
     """Give one dense block its number of neurons."""
-    hidden_size = config.hidden_size
-    if neurons:
-        replace_module(block, spec.neurons_in, nn.Linear(hidden_size, neurons))
-        replace_module(block, spec.neurons_out, nn.Linear(neurons, hidden_size))
-    else:
-        replace_module(block, spec.neurons_in, nn.Identity())
-        replace_module(block, spec.neurons_out, BiasOnly(hidden_size))
+    hidden_size, bias = config.hidden_size, has_bias(spec.neuron_bias, vars(config))
+    paths = [spec.neurons_in] if spec.gate is None else [spec.neurons_in, spec.gate]
+    for path in dict.fromkeys(paths):
+        rows = nn.Linear(hidden_size, neurons * paths.count(path), bias) if neurons else nn.Identity()
+        replace_module(block, path, rows)
+    replace_module(
+        block, spec.neurons_out, nn.Linear(neurons, hidden_size, bias) if neurons else BiasOnly(hidden_size, bias)
+    )
 
 
 def replace_module(block: nn.Module, path: str, module: nn.Module) -> None:
@@ -319,217 +371,173 @@ def replace_module(block: nn.Module, path: str, module: nn.Module) -> None:
 class BiasOnly(nn.Module):
     """The output projection of a structure cut to nothing: its bias. A linear layer of width 0 breaks exporters."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, bias: bool = True) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(size))
+        self.size = size
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.bias.expand(*hidden_states.shape[:-1], -1)
+        shape = (*hidden_states.shape[:-1], self.size)
+        return hidden_states.new_zeros(shape) if self.bias is None else self.bias.expand(shape)
 
 
 class Headless(nn.Module):
-    """Attention without a head: a context of zeros. The subclasses are what `output_attentions` looks for."""
+    """
+    Attention without a head: a context of zeros. The subclasses are what `output_attentions` looks for.
 
-    def __init__(self, config: Any) -> None:
+    Args:
+        config: The model's.
+        layer_idx (`int`, *optional*): Its place in a key/value cache.
+        out (`str`): Name of the output projection, where the attention holds it itself.
+    """
+
+    def __init__(self, config: Any, layer_idx: int | None, out: str) -> None:
         nn.Module.__init__(self)  # the dense class would make its projections
-        self.config = config
+        self.config, self.layer_idx, self.out = config, layer_idx, out
+        # In some releases attention gives a third value, which is for decoders.
+        dense: Any = type(self).__bases__[1]
+        values = get_args(dense.forward.__annotations__.get("return"))
+        self.others = (None,) * (len(values) - 2)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         batch, length = hidden_states.shape[:2]
         eager = self.config._attn_implementation == "eager"  # the others return no weights
         weights = hidden_states.new_zeros(batch, 0, length, length) if eager else None
-        return torch.zeros_like(hidden_states), weights
-
-
-class HeadlessBert(Headless, BertSelfAttention): ...
-
-
-class HeadlessRoberta(Headless, RobertaSelfAttention): ...
-
-
-class HeadlessXLMRoberta(Headless, XLMRobertaSelfAttention): ...
-
-
-class HeadlessElectra(Headless, ElectraSelfAttention): ...
-
-
-class HeadlessDistilBert(Headless, DistilBertSelfAttention):
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        context, weights = super().forward(hidden_states)
-        return self.out_lin(context), weights  # this family's attention holds its output projection itself
-
-
-_HEADLESS: dict[type, Any] = {cls.__bases__[1]: cls for cls in Headless.__subclasses__()}
-
-
-class OTOBertConfig(PrunedConfig, transformers.BertConfig):
-    model_type = "oto_bert"
-    head_dim: int | None = None
-
-
-class _PrunedBert(PrunedModel):
-    config_class = OTOBertConfig
-
-
-class OTOBertModel(_PrunedBert, transformers.BertModel): ...
-
-
-class OTOBertForPreTraining(_PrunedBert, transformers.BertForPreTraining): ...
-
-
-class OTOBertForMaskedLM(_PrunedBert, transformers.BertForMaskedLM): ...
-
-
-class OTOBertForNextSentencePrediction(_PrunedBert, transformers.BertForNextSentencePrediction): ...
-
-
-class OTOBertForSequenceClassification(_PrunedBert, transformers.BertForSequenceClassification): ...
-
-
-class OTOBertForMultipleChoice(_PrunedBert, transformers.BertForMultipleChoice): ...
-
-
-class OTOBertForTokenClassification(_PrunedBert, transformers.BertForTokenClassification): ...
-
-
-class OTOBertForQuestionAnswering(_PrunedBert, transformers.BertForQuestionAnswering): ...
-
-
-class OTORobertaConfig(PrunedConfig, transformers.RobertaConfig):
-    model_type = "oto_roberta"
-    head_dim: int | None = None
-
-
-class _PrunedRoberta(PrunedModel):
-    config_class = OTORobertaConfig
-
-
-class OTORobertaModel(_PrunedRoberta, transformers.RobertaModel): ...
-
-
-class OTORobertaForMaskedLM(_PrunedRoberta, transformers.RobertaForMaskedLM): ...
-
-
-class OTORobertaForSequenceClassification(_PrunedRoberta, transformers.RobertaForSequenceClassification): ...
-
-
-class OTORobertaForMultipleChoice(_PrunedRoberta, transformers.RobertaForMultipleChoice): ...
-
-
-class OTORobertaForTokenClassification(_PrunedRoberta, transformers.RobertaForTokenClassification): ...
-
-
-class OTORobertaForQuestionAnswering(_PrunedRoberta, transformers.RobertaForQuestionAnswering): ...
-
-
-class OTOXLMRobertaConfig(PrunedConfig, transformers.XLMRobertaConfig):
-    model_type = "oto_xlm_roberta"
-    head_dim: int | None = None
-
-
-class _PrunedXLMRoberta(PrunedModel):
-    config_class = OTOXLMRobertaConfig
-
-
-class OTOXLMRobertaModel(_PrunedXLMRoberta, transformers.XLMRobertaModel): ...
-
-
-class OTOXLMRobertaForMaskedLM(_PrunedXLMRoberta, transformers.XLMRobertaForMaskedLM): ...
-
-
-class OTOXLMRobertaForSequenceClassification(_PrunedXLMRoberta, transformers.XLMRobertaForSequenceClassification): ...
-
-
-class OTOXLMRobertaForMultipleChoice(_PrunedXLMRoberta, transformers.XLMRobertaForMultipleChoice): ...
-
-
-class OTOXLMRobertaForTokenClassification(_PrunedXLMRoberta, transformers.XLMRobertaForTokenClassification): ...
-
-
-class OTOXLMRobertaForQuestionAnswering(_PrunedXLMRoberta, transformers.XLMRobertaForQuestionAnswering): ...
-
-
-class OTOElectraConfig(PrunedConfig, transformers.ElectraConfig):
-    model_type = "oto_electra"
-    head_dim: int | None = None
-
-
-class _PrunedElectra(PrunedModel):
-    config_class = OTOElectraConfig
-
-
-class OTOElectraModel(_PrunedElectra, transformers.ElectraModel): ...
-
-
-class OTOElectraForPreTraining(_PrunedElectra, transformers.ElectraForPreTraining): ...
-
-
-class OTOElectraForMaskedLM(_PrunedElectra, transformers.ElectraForMaskedLM): ...
-
-
-class OTOElectraForSequenceClassification(_PrunedElectra, transformers.ElectraForSequenceClassification): ...
-
-
-class OTOElectraForMultipleChoice(_PrunedElectra, transformers.ElectraForMultipleChoice): ...
-
-
-class OTOElectraForTokenClassification(_PrunedElectra, transformers.ElectraForTokenClassification): ...
-
-
-class OTOElectraForQuestionAnswering(_PrunedElectra, transformers.ElectraForQuestionAnswering): ...
-
-
-class OTODistilBertConfig(PrunedConfig, transformers.DistilBertConfig):
-    model_type = "oto_distilbert"
-    head_dim: int | None = None
-
-
-class _PrunedDistilBert(PrunedModel):
-    config_class = OTODistilBertConfig
-
-
-class OTODistilBertModel(_PrunedDistilBert, transformers.DistilBertModel): ...
-
-
-class OTODistilBertForMaskedLM(_PrunedDistilBert, transformers.DistilBertForMaskedLM): ...
-
-
-class OTODistilBertForSequenceClassification(_PrunedDistilBert, transformers.DistilBertForSequenceClassification): ...
-
-
-class OTODistilBertForMultipleChoice(_PrunedDistilBert, transformers.DistilBertForMultipleChoice): ...
-
-
-class OTODistilBertForTokenClassification(_PrunedDistilBert, transformers.DistilBertForTokenClassification): ...
-
-
-class OTODistilBertForQuestionAnswering(_PrunedDistilBert, transformers.DistilBertForQuestionAnswering): ...
-
-
-CONFIGS = (OTOBertConfig, OTORobertaConfig, OTOXLMRobertaConfig, OTOElectraConfig, OTODistilBertConfig)
-
-# Which class of a family an Auto class gives: the first of these endings that the family has.
-_AUTO_CLASSES: dict[type, tuple[str, ...]] = {
-    transformers.AutoModel: ("Model",),
-    transformers.AutoModelForTextEncoding: ("Model",),
-    transformers.AutoModelForPreTraining: ("ForPreTraining", "ForMaskedLM"),
-    transformers.AutoModelForMaskedLM: ("ForMaskedLM",),
-    transformers.AutoModelForNextSentencePrediction: ("ForNextSentencePrediction",),
-    transformers.AutoModelForSequenceClassification: ("ForSequenceClassification",),
-    transformers.AutoModelForMultipleChoice: ("ForMultipleChoice",),
-    transformers.AutoModelForTokenClassification: ("ForTokenClassification",),
-    transformers.AutoModelForQuestionAnswering: ("ForQuestionAnswering",),
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # its name from transformers 5.24 on, and before
+        if cache is not None:  # one number for each token: from the first block a cache tells how many it has
+            keys = hidden_states.new_zeros(batch, 1, length, 1)
+            cache.update(keys, keys, self.layer_idx)
+        project = self._modules.get(self.out)
+        context = torch.zeros_like(hidden_states) if project is None else project(hidden_states)
+        return (context, weights, *self.others)
+
+
+# A buffer of attention that is given something for each dense head: those that it has kept.
+KEPT_HEADS = "kept_heads"
+
+
+class SelectiveMPNet(MPNetSelfAttention):
+    """Attention that has lost heads, and reads the bias of those that it has kept."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Any = None, position_bias: Any = None, **kwargs: Any
+    ) -> Any:
+        if position_bias is not None:
+            position_bias = position_bias[:, self.kept_heads]
+        return super().forward(hidden_states, attention_mask, position_bias, **kwargs)
+
+
+# Under which names the attention modules keep the number of their heads, and the rows of these together.
+_COUNTS = ("num_attention_heads", "num_heads", "n_heads")
+_WIDTHS = ("all_head_size",)
+
+_SELECTIVE: dict[type, Any] = {MPNetSelfAttention: SelectiveMPNet}
+_HEADLESS: dict[type, Any] = {
+    attention: type(f"Headless{attention.__name__}", (Headless, attention), {})
+    for attention in (
+        BertSelfAttention,
+        RobertaSelfAttention,
+        XLMRobertaSelfAttention,
+        ElectraSelfAttention,
+        DistilBertSelfAttention,
+        CamembertSelfAttention,
+        BertGenerationSelfAttention,
+        MPNetSelfAttention,
+        EsmSelfAttention,
+        ModernBertAttention,
+        DisentangledSelfAttention,
+        ViTAttention,
+        Wav2Vec2Attention,
+        HubertAttention,
+        LlamaAttention,
+        Qwen3Attention,
+    )
 }
+globals().update({cls.__name__: cls for cls in _HEADLESS.values()})  # where pickle looks for them
+
+
+def _subclass(table: Mapping[type, Any], module: nn.Module) -> Any:
+    return next(table[cls] for cls in type(module).__mro__ if cls in table)
+
+
+_SHORT = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
+_TEXT = (*_SHORT, "ForMultipleChoice", "ForQuestionAnswering")
+_SPEECH = ("ForSequenceClassification", "ForCTC")
+_DECODER = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+# Every family's name in its classes, and the endings of those that have a pruned counterpart: base model, then heads.
+FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "bert": ("Bert", ("Model", "ForPreTraining", "ForNextSentencePrediction", *_TEXT)),
+    "roberta": ("Roberta", ("Model", *_TEXT)),
+    "xlm-roberta": ("XLMRoberta", ("Model", *_TEXT)),
+    "electra": ("Electra", ("Model", "ForPreTraining", *_TEXT)),
+    "distilbert": ("DistilBert", ("Model", *_TEXT)),
+    "camembert": ("Camembert", ("Model", *_TEXT)),
+    "bert-generation": ("BertGeneration", ("Encoder",)),
+    "mpnet": ("MPNet", ("Model", *_TEXT)),
+    "esm": ("Esm", ("Model", *_SHORT)),
+    "modernbert": ("ModernBert", ("Model", *_TEXT)),
+    "deberta-v2": ("DebertaV2", ("Model", *_TEXT)),
+    "vit": ("ViT", ("Model", "ForMaskedImageModeling", "ForImageClassification")),
+    "wav2vec2": ("Wav2Vec2", ("Model", "ForPreTraining", "ForAudioFrameClassification", "ForXVector", *_SPEECH)),
+    "hubert": ("Hubert", ("Model", *_SPEECH)),
+    "llama": ("Llama", ("Model", "ForCausalLM", *_DECODER)),
+    "qwen3": ("Qwen3", ("Model", "ForCausalLM", *_DECODER)),
+}
+
+
+def _pruned_classes(model_type: str) -> dict[str, type]:
+    """The classes of a family by name: `OTOBertConfig`, and one model for each of the family's own."""
+    name, endings = FAMILIES[model_type]
+    settings = {"model_type": f"{PRUNED_PREFIX}{model_type.replace('-', '_')}"}
+    fields: dict[str, Any] = {"head_dim": None, "__annotations__": {"head_dim": int | None}}
+    if BLOCK_SPECS[model_type].own_head_size:
+        fields = {}
+    dense = getattr(transformers, f"{name}Config")
+    config = type(f"OTO{name}Config", (PrunedConfig, dense), {**settings, **fields})
+    classes = {config.__name__: config}
+    for end in endings:
+        base = getattr(transformers, f"{name}{end}")
+        classes[f"OTO{name}{end}"] = type(f"OTO{name}{end}", (PrunedModel, base), {"config_class": config})
+    return classes
+
+
+_CLASSES = {model_type: _pruned_classes(model_type) for model_type in FAMILIES}
+for _classes in _CLASSES.values():
+    globals().update(_classes)
+
+CONFIGS: tuple[Any, ...] = tuple(next(iter(classes.values())) for classes in _CLASSES.values())
+
+_AUTO_CLASSES: tuple[Any, ...] = (
+    transformers.AutoModel,
+    transformers.AutoModelForTextEncoding,
+    transformers.AutoModelForMaskedLM,
+    transformers.AutoModelForNextSentencePrediction,
+    transformers.AutoModelForSequenceClassification,
+    transformers.AutoModelForMultipleChoice,
+    transformers.AutoModelForTokenClassification,
+    transformers.AutoModelForQuestionAnswering,
+    transformers.AutoModelForMaskedImageModeling,
+    transformers.AutoModelForImageClassification,
+    transformers.AutoModelForAudioClassification,
+    transformers.AutoModelForAudioFrameClassification,
+    transformers.AutoModelForAudioXVector,
+    transformers.AutoModelForCTC,
+    transformers.AutoModelForCausalLM,
+    transformers.AutoModelForPreTraining,  # the last: many families have no head of its own for it
+)
 
 
 def pruned_heads(config_class: type) -> list[tuple[Any, type[PreTrainedModel]]]:
     """Every Auto class that has a model for a pruned config, with that model's class."""
-    family = config_class.__name__.removesuffix("Config")
-    named = globals()
-    found = {
-        auto: [f"{family}{end}" for end in ends if f"{family}{end}" in named] for auto, ends in _AUTO_CLASSES.items()
-    }
-    return [(auto, named[names[0]]) for auto, names in found.items() if names]
+    dense = config_class.__bases__[1]
+    found = []
+    for auto in _AUTO_CLASSES:
+        model = auto._model_mapping.get(dense, None)
+        pruned = globals().get(f"OTO{getattr(model, '__name__', None)}")
+        if pruned is not None:
+            found.append((auto, pruned))
+    return found
 
 
 for _config_class in CONFIGS:

@@ -77,7 +77,11 @@ def _zero_of(state: Mapping[str, Any], name: str) -> Tensor | int:
 
 
 def parts_of(
-    arrays: Sequence[GroupArray], groups: Sequence[Tensor], places: Mapping[str, tuple[Tensor, dict[str, Any]]]
+    arrays: Sequence[GroupArray],
+    groups: Sequence[Tensor],
+    places: Mapping[str, tuple[Tensor, dict[str, Any]]],
+    *,
+    silencers: bool = False,
 ) -> list[tuple[str, Part]]:
     """
     Everything that groups own.
@@ -86,6 +90,7 @@ def parts_of(
         arrays (`Sequence[GroupArray]`): The arrays.
         groups (`Sequence[Tensor]`): Which groups of each array, int64.
         places (`Mapping[str, tuple[Tensor, dict]]`): Parameter and its parameter group, by name.
+        silencers (`bool`): The rows that silence the groups, instead of all that they own.
 
     Returns:
         `list[tuple[str, Part]]`: The parameter's name and the part of it. Owners are counted over all arrays.
@@ -94,23 +99,18 @@ def parts_of(
     for array, groups_g in zip(arrays, groups, strict=True):
         if not groups_g.numel():
             continue
-        positions_P, owners_P = _positions(array, groups_g, first)
-        for name, dim in array.members:
-            parameter, group = places[name]
-            start, stop = _held(parameter, dim)
+        owners_g = torch.arange(first, first + groups_g.numel())
+        for owned in array.silencers if silencers else array.owned:
+            positions_P = owned.positions(array.count, groups_g)
+            owners_P = owners_g.repeat_interleave(owned.width).repeat(len(owned.blocks))
+            parameter, group = places[owned.name]
+            start, stop = _held(parameter, owned.dim)
             here = (positions_P >= start) & (positions_P < stop)
             device = local(parameter).device
-            part = Part(parameter, group, dim, (positions_P[here] - start).to(device), owners_P[here].to(device))
-            parts.append((name, part))
+            positions_P, owners_P = (positions_P[here] - start).to(device), owners_P[here].to(device)
+            parts.append((owned.name, Part(parameter, group, owned.dim, positions_P, owners_P)))
         first += groups_g.numel()
     return parts
-
-
-def _positions(array: GroupArray, groups_g: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Rows (or columns) of some groups of an array, and whose each is, counting owners from `first`."""
-    offsets = torch.arange(array.width)
-    positions_P = (groups_g[:, None] * array.width + offsets).flatten()
-    return positions_P, torch.arange(first, first + groups_g.numel()).repeat_interleave(array.width)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -349,11 +349,13 @@ def ratio(kept: int, dense: int) -> float:
 def _sizes(model: PreTrainedModel, groups: Partition, kept: Sequence[int]) -> dict[str, Any]:
     """Parameters and bytes that are left of a model when only `kept` groups of every array are."""
     base = model.base_model
-    embeddings = set(base.get_submodule("embeddings").parameters())
-    blocks = set(base.get_submodule(BLOCK_SPECS[groups.model_type].blocks).parameters())
-    shares = {
-        name: (left, array.count) for array, left in zip(groups.arrays, kept, strict=True) for name, _ in array.members
-    }
+    spec = BLOCK_SPECS[groups.model_type]
+    embeddings = set(base.get_submodule(spec.embeddings).parameters())
+    blocks = set(base.get_submodule(spec.blocks).parameters())
+    shares: dict[str, tuple[int, int]] = {}
+    for array, left in zip(groups.arrays, kept, strict=True):
+        shares |= {name: (left, array.count) for name, _ in array.members}
+        shares |= {name: (int(left > 0), 1) for name in array.shared}
     sizes = dict.fromkeys(("parameters", "parameters_without_embeddings", "encoder_parameters", "file_size"), 0)
     for name, parameter in model.named_parameters():  # a tied one comes once
         left, count = shares.get(name, (1, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -15,10 +16,20 @@ from torch.func import functional_call
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .architectures import BLOCK_SPECS, dense_model_type
+from .architectures import BLOCK_SPECS, dense_model_type, refusal
 from .contexts import evaluating
 from .groups import Partition, partition, zero_groups
-from .modeling import CONFIGS, BiasOnly, layer_counts, pruned_heads, replace_module, resize_heads, resize_neurons
+from .modeling import (
+    CONFIGS,
+    KEPT_HEADS,
+    BiasOnly,
+    block_fields,
+    layer_counts,
+    pruned_heads,
+    replace_module,
+    resize_heads,
+    resize_neurons,
+)
 from .parts import is_sharded
 
 # What became of a parameter in a cut: its smaller successor (None where nothing is left), the dim, and what was kept.
@@ -63,7 +74,10 @@ def compress(
     heads, neurons = ([int(keep.sum()) for keep in kept[offset::2]] for offset in (0, 1))
     with tqdm(total=2, desc="Cutting out what is zero", leave=False, disable=not show_progress) as bar:
         cut = _empty_pruned(model, heads, neurons)
-        _fill(cut, parameters, dict(model.named_buffers(remove_duplicate=False)), _indices(groups, kept))
+        buffers = dict(model.named_buffers(remove_duplicate=False)) | _kept_heads(model, groups, kept)
+        _fill(cut, parameters, buffers, _indices(groups, kept))
+        if model.can_generate():
+            cut.generation_config = copy.deepcopy(model.generation_config)
         cut.train(model.training)
         bar.update()
         bar.set_description("Checking the small model")
@@ -218,7 +232,8 @@ def block_counts(config: Any) -> list[tuple[int, int]]:
     if isinstance(config, CONFIGS):
         return layer_counts(config)
     spec = BLOCK_SPECS[dense_model_type(config.model_type)]
-    return [(getattr(config, spec.heads_field), getattr(config, spec.width_field))] * config.num_hidden_layers
+    heads = getattr(config, spec.key_heads_field or spec.heads_field)
+    return [(heads, getattr(config, spec.width_field))] * config.num_hidden_layers
 
 
 def _cut_in_place(
@@ -228,6 +243,7 @@ def _cut_in_place(
     spec = BLOCK_SPECS[groups.model_type]
     parameters = dict(model.named_parameters())
     blocks = model.base_model.get_submodule(spec.blocks)
+    kept_heads = _kept_heads(model, groups, kept)
     for array, keep in zip(groups.arrays, kept, strict=True):
         if bool(keep.all()):
             continue
@@ -245,6 +261,10 @@ def _cut_in_place(
                 replace_module(block, path, old)
             elif isinstance(made, BiasOnly):
                 made.bias = old.bias
+    for name, heads in kept_heads.items():
+        path, _, leaf = name.rpartition(".")
+        if hasattr(model.get_submodule(path), leaf):
+            _set(model, name, heads.to(model.device))
     cuts: dict[Tensor, Cut] = {}
     for name, (dim, entries) in _indices(groups, kept).items():
         source = parameters[name]
@@ -290,16 +310,16 @@ def pruned_config(config: PreTrainedConfig, heads: Sequence[int], neurons: Seque
     family = dense_model_type(config.model_type)
     classes = {dense_model_type(cls.model_type): cls for cls in CONFIGS}
     if family not in classes:
-        raise ValueError(f"`config` is of type {config.model_type!r}. Supported families: {', '.join(classes)}.")
+        raise ValueError(f"`config` is {refusal(config.model_type)}")
     if len(heads) != len(neurons):
         raise ValueError(f"`heads` and `neurons` must have one count per block, got {len(heads)} and {len(neurons)}.")
     spec = BLOCK_SPECS[family]
     settings = config.to_dict()
     for name in ("model_type", "architectures", "auto_map"):  # those of the old class
         settings.pop(name, None)
-    settings["head_dim"] = config.hidden_size // settings[spec.heads_field]
+    settings["head_dim"] = settings.get("head_dim") or config.hidden_size // settings[spec.heads_field]
     settings["per_layer_config"] = {
-        layer: {spec.heads_field: count, spec.width_field: width}
+        layer: block_fields(spec, settings, count, width)
         for layer, (count, width) in enumerate(zip(heads, neurons, strict=True))
     }
     pruned_class: Any = classes[family]
@@ -338,13 +358,39 @@ def _pruned_class(model: PreTrainedModel, config: PreTrainedConfig) -> Any:
     return cls
 
 
+def auto_class_of(model: PreTrainedModel) -> str:
+    """The name of the Auto class that loads a model of a supported family once it is pruned."""
+    config_class = next(cls for cls in CONFIGS if dense_model_type(cls.model_type) == partition(model).model_type)
+    name = type(model).__name__
+    return next(auto.__name__ for auto, cls in pruned_heads(config_class) if cls.__name__ in (name, f"OTO{name}"))
+
+
 def _indices(groups: Partition, kept: Sequence[Tensor]) -> dict[str, tuple[int, Tensor]]:
     """What stays of every parameter that the groups own a part of: name -> (dim, indices)."""
     found: dict[str, tuple[int, Tensor]] = {}
     for array, keep in zip(groups.arrays, kept, strict=True):
-        entries = keep.repeat_interleave(array.width).nonzero().flatten()
-        for name, dim in array.members:
-            found[name] = dim, entries
+        groups_g = keep.nonzero().flatten()
+        for owned in array.owned:
+            found[owned.name] = owned.dim, owned.positions(array.count, groups_g)
+        if not len(groups_g):
+            found |= dict.fromkeys(array.shared, (0, groups_g))
+    return found
+
+
+def _kept_heads(model: PreTrainedModel, groups: Partition, kept: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Which of the dense heads are left, where attention needs to know: the buffer's name -> int64."""
+    spec = BLOCK_SPECS[groups.model_type]
+    if not spec.position_bias:
+        return {}
+    blocks, names = (
+        model.base_model.get_submodule(spec.blocks),
+        {module: name for name, module in model.named_modules()},
+    )
+    found = {}
+    for array, keep in zip(groups.arrays[::2], kept[::2], strict=True):
+        attention = blocks.get_submodule(f"{array.layer}.{spec.attention}")
+        now = getattr(attention, KEPT_HEADS, torch.arange(array.count))
+        found[f"{names[attention]}.{KEPT_HEADS}"] = now[keep.to(now.device)]
     return found
 
 
@@ -401,13 +447,19 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _example(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A random batch that every head of the supported families takes; the second half of it is padded."""
+    """A random batch that every head of the supported families takes; the second half of its tokens is padded."""
     config: Any = model.config
+    generator = torch.Generator().manual_seed(0)  # of its own: the caller's random numbers are not used up
+    if model.main_input_name == "pixel_values":
+        size = config.image_size if isinstance(config.image_size, Sequence) else (config.image_size,) * 2
+        return {"pixel_values": torch.randn(2, config.num_channels, *size, generator=generator)}
+    if model.main_input_name == "input_values":
+        length = sum(config.conv_kernel) + 32 * math.prod(config.conv_stride)
+        return {"input_values": torch.randn(2, length, generator=generator)}
     padding = config.pad_token_id or 0
     # RoBERTa counts positions from the padding id on.
     length = max(1, min(32, config.max_position_embeddings - padding - 1))
     shape = (2, 2, length) if _class_of(model).__name__.endswith("ForMultipleChoice") else (4, length)
-    generator = torch.Generator().manual_seed(0)  # of its own: the caller's random numbers are not used up
     input_ids = torch.randint(config.vocab_size, shape, generator=generator)
     attention_mask = torch.ones_like(input_ids)
     attention_mask[shape[0] // 2 :, ..., (length + 1) // 2 :] = 0
@@ -442,13 +494,14 @@ def _outputs(model: PreTrainedModel, inputs: Mapping[str, Any], precision: torch
     and attention weights are tuples and left out: a cut model has fewer attention weights by design.
     """
 
-    def raised(value: Any) -> Any:
+    def raised(value: Any, least: torch.dtype = precision) -> Any:
         if not isinstance(value, Tensor):
             return value
-        dtype = torch.promote_types(value.dtype, precision) if value.is_floating_point() else value.dtype
+        dtype = torch.promote_types(value.dtype, least) if value.is_floating_point() else value.dtype
         return value.to(model.device, dtype)
 
     tensors = {name: raised(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    inputs = {name: raised(value, torch.promote_types(precision, model.dtype)) for name, value in inputs.items()}
     with evaluating(model), torch.autocast(model.device.type, enabled=False):
-        outputs = functional_call(model, tensors, (), {name: raised(value) for name, value in inputs.items()})
+        outputs = functional_call(model, tensors, (), inputs)
     return {name: value for name, value in outputs.items() if isinstance(value, Tensor) and value.is_floating_point()}

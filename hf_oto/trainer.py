@@ -33,13 +33,13 @@ from transformers.utils import CONFIG_NAME, PushInProgress, logging
 from . import budget
 from .config import OTOConfig
 from .contexts import UNFINISHED, folder_beside
-from .distillation import IGNORED, hidden_states_loss, load_teacher, logits_loss, task_of
+from .distillation import IGNORED, hidden_states_loss, load_teacher, logits_loss
 from .groups import partition
 from .hspg import HSPG
 from .parts import check_sharding, is_sharded
 from .report import card_section, figures, leaderboard_results, save_figures, summarize
 from .schedule import Schedule
-from .surgery import block_counts, check_compressible, compress, gather, shrink
+from .surgery import auto_class_of, block_counts, check_compressible, compress, gather, shrink
 
 logger = logging.get_logger(__name__)
 
@@ -567,7 +567,7 @@ class OTOTrainer(Trainer):
         section = card_section(
             summary,
             repo_id=self.hub_model_id or self._output_dir,
-            auto_class=f"AutoModel{task_of(self._plain_model())}",
+            auto_class=auto_class_of(self._plain_model()),
             pictures=tuple(pictures),
             scores=logged[-1] if logged else None,
             dense_scores=dense_metrics,

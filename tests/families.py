@@ -1,6 +1,7 @@
 """Tiny random models of every family with every task head: what the contract tests run over.
 
-A new family is a line in `CONFIGS` and one in `MODELS`.
+A new family is a line in `CONFIGS`. What heads a family has is the table of the pruned classes, which a test compares
+with transformers' own.
 """
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_oto.budget import dense_cost, floor_and_multiple, group_cost, removable_groups
 from hf_oto.config import OTOConfig
 from hf_oto.groups import GroupArray, Partition, partition
+from hf_oto.modeling import FAMILIES
 
 _COMMON = {
     "vocab_size": 61,
@@ -18,6 +20,14 @@ _COMMON = {
     "max_position_embeddings": 40,
 }
 _SIZES = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 24}
+_NO_TOKENS = dict.fromkeys(("pad_token_id", "eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id"), 0)
+_GROUPED = _COMMON | _SIZES | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "pad_token_id": 0}
+_SPEECH = _SIZES | {
+    **{"vocab_size": 61, "num_hidden_layers": 3, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
+    **{"conv_dim": (16, 16), "conv_stride": (4, 4), "conv_kernel": (8, 4), "num_feat_extract_layers": 2},
+    **{"tdnn_dim": (16, 16), "tdnn_kernel": (3, 1), "tdnn_dilation": (1, 1), "xvector_output_dim": 8},
+    **{"layerdrop": 0.0, "mask_time_prob": 0.0, "pad_token_id": 0},
+}
 
 CONFIGS = {
     "bert": _COMMON | _SIZES,
@@ -25,22 +35,30 @@ CONFIGS = {
     "xlm-roberta": _COMMON | _SIZES | {"pad_token_id": 1},
     "electra": _COMMON | _SIZES | {"embedding_size": 16},
     "distilbert": _COMMON | {"dim": 32, "n_heads": 4, "hidden_dim": 24},
+    "camembert": _COMMON | _SIZES | {"pad_token_id": 1},
+    "bert-generation": _COMMON | _SIZES,
+    "mpnet": _COMMON | _SIZES | {"pad_token_id": 1},
+    "esm": _COMMON | _SIZES | {"pad_token_id": 1, "mask_token_id": 3, "position_embedding_type": "rotary"},
+    "modernbert": _COMMON | _SIZES | {"local_attention": 8} | _NO_TOKENS,
+    "deberta-v2": _COMMON
+    | _SIZES
+    | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8, "share_att_key": False},
+    "vit": _SIZES | {"num_hidden_layers": 3, "image_size": 16, "patch_size": 4, "encoder_stride": 4},
+    "wav2vec2": _SPEECH | {"proj_codevector_dim": 16, "codevector_dim": 16, "num_codevectors_per_group": 8},
+    "hubert": _SPEECH,
+    "llama": _GROUPED | {"bos_token_id": 1, "eos_token_id": 2},
+    "qwen3": _GROUPED | {"eos_token_id": 2},
 }
 
-_HEADS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForMultipleChoice", "ForTokenClassification")
-_HEADS += ("ForQuestionAnswering",)
-
 MODELS: dict[str, tuple[str, ...]] = {
-    "bert": tuple(f"Bert{head}" for head in (*_HEADS, "ForPreTraining", "ForNextSentencePrediction")),
-    "roberta": tuple(f"Roberta{head}" for head in _HEADS),
-    "xlm-roberta": tuple(f"XLMRoberta{head}" for head in _HEADS),
-    "electra": tuple(f"Electra{head}" for head in (*_HEADS, "ForPreTraining")),
-    "distilbert": tuple(f"DistilBert{head}" for head in _HEADS),
+    family: tuple(f"{stem}{ending}" for ending in endings) for family, (stem, endings) in FAMILIES.items()
 }
 
 # Every family with every head, and every family with one.
 ALL = [name for names in MODELS.values() for name in names]
-ONE_EACH = [next(name for name in names if name.endswith("ForQuestionAnswering")) for names in MODELS.values()]
+EVERY = [names[-1] for names in MODELS.values()]
+# A head for question answering of those whose blocks differ as far as the training goes: for what takes long.
+ONE_EACH = [MODELS[family][-1] for family in ("bert", "roberta", "xlm-roberta", "electra", "distilbert")]
 
 
 def family_of(name: str) -> str:
@@ -48,14 +66,31 @@ def family_of(name: str) -> str:
     return next(family for family, names in MODELS.items() if name in names)
 
 
+def group_sizes(name: str) -> tuple[int, int]:
+    """Weights of a head and of a neuron, by hand, for hidden size 32 and head size 8."""
+    bert = 4 * 32 * 8 + 3 * 8, 2 * 32 + 1  # four projections, three biases; two weights and a bias
+    others = {
+        "modernbert": (4 * 32 * 8, 3 * 32),
+        "deberta-v2": (6 * 32 * 8 + 5 * 8, 2 * 32 + 1),
+        # Two heads read one key/value head.
+        **dict.fromkeys(("llama", "qwen3"), (6 * 32 * 8, 3 * 32)),
+    }
+    return others.get(family_of(name), bert)
+
+
+def attentions(name: str) -> list[str]:
+    """The attention implementations of a dense class that run here."""
+    return ["eager", "sdpa"] if getattr(transformers, name)._supports_sdpa else ["eager"]
+
+
 def tiny_config(family: str, **overrides) -> PreTrainedConfig:
     return transformers.AutoConfig.for_model(family, **CONFIGS[family] | overrides)
 
 
-def tiny_model(name: str, attention: str = "sdpa", seed: int = 0, **overrides) -> PreTrainedModel:
+def tiny_model(name: str, attention: str | None = None, seed: int = 0, **overrides) -> PreTrainedModel:
     """A dense model in evaluation mode. Biases and LayerNorms are random as well, so that none may be forgotten."""
     torch.manual_seed(seed)
-    config = tiny_config(family_of(name), attn_implementation=attention, **overrides)
+    config = tiny_config(family_of(name), attn_implementation=attention or attentions(name)[-1], **overrides)
     model = getattr(transformers, name)(config).eval()
     randomize(model)
     return model
@@ -68,8 +103,15 @@ def randomize(model: PreTrainedModel) -> None:
 
 
 def batch(model: PreTrainedModel, seed: int = 1, length: int = 13) -> dict[str, Tensor]:
-    """Inputs that every head takes, with padding at the end of the first sequence."""
+    """Inputs that every head takes, with padding at the end of the first sequence. Images have one size."""
     generator = torch.Generator().manual_seed(seed)
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(3, 3, 16, 16, generator=generator).to(model.dtype)}
+    if model.main_input_name == "input_values":
+        values = torch.randn(3, 16 * length + 20, generator=generator)
+        attention_mask = torch.ones_like(values, dtype=torch.int64)
+        attention_mask[0, values.shape[1] // 2 :] = 0
+        return {"input_values": (values * attention_mask).to(model.dtype), "attention_mask": attention_mask}
     choices = type(model).__name__.endswith("ForMultipleChoice")
     input_ids = torch.randint(2, 61, (3, 2, length) if choices else (3, length), generator=generator)
     attention_mask = torch.ones_like(input_ids)
@@ -94,12 +136,13 @@ def largest_difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -
 
 
 @torch.no_grad()
-def zero(model: PreTrainedModel, array: GroupArray, groups, members: tuple[tuple[str, int], ...] = ()) -> None:
-    """Set groups of an array to zero: all that they own, or their part of the given (name, dim)."""
+def zero(model: PreTrainedModel, array: GroupArray, groups, members: tuple = ()) -> None:
+    """Set groups of an array to zero: all that they own, or their part of the given (name, dim) or [`Owned`]."""
     parameters = dict(model.named_parameters())
-    for name, dim in members or array.members:
-        parts = parameters[name].unflatten(dim, (array.count, array.width))
-        parts.index_fill_(dim, torch.as_tensor(groups), 0)
+    for owned in array.owned if not members or isinstance(members[0], tuple) else members:
+        if not members or owned in members or (owned.name, owned.dim) in members:
+            positions = owned.positions(array.count, torch.as_tensor(groups))
+            parameters[owned.name].index_fill_(owned.dim, positions, 0)
 
 
 def zero_uneven(model: PreTrainedModel, seed: int = 0) -> list[tuple[int, int]]:
@@ -141,8 +184,11 @@ def question_batch(model: PreTrainedModel, seed: int = 1, size: int = 3) -> dict
 def owned(model: PreTrainedModel, array: GroupArray, group: int) -> list[Tensor]:
     """Views of all that one group owns, parameter by parameter."""
     parameters = dict(model.named_parameters())
-    places = slice(group * array.width, (group + 1) * array.width)
-    return [parameters[name].data[places if dim == 0 else (slice(None), places)] for name, dim in array.members]
+    return [
+        parameters[owned.name].data.narrow(owned.dim, (block * array.count + group) * owned.width, owned.width)
+        for owned in array.owned
+        for block in owned.blocks
+    ]
 
 
 def removed_and_next(groups: Partition, config: OTOConfig, zero: dict[tuple[int, str], Tensor]) -> tuple[int, int]:

@@ -28,11 +28,13 @@ def made_up(layers=2, heads=4, head_size=8, neurons=24, left=None):
     """A partition without a model; `left` gives (heads, neurons) block by block."""
     left = left or [(heads, neurons)] * layers
     arrays = [
-        GroupArray(layer, kind, count, head_size if kind == "heads" else 1, ("rows",), "columns", ("rows",))
+        GroupArray(layer, kind, count, head_size if kind == "heads" else 1, (), "columns", ())
         for layer, counts in enumerate(left)
         for kind, count in zip(("heads", "neurons"), counts, strict=True)
     ]
-    return Partition("bert", heads * head_size, head_size, heads, neurons, tuple(arrays))
+    hidden = heads * head_size
+    weights = (4 * hidden * head_size, 3 * head_size), (2 * hidden, 1)
+    return Partition("bert", hidden, head_size, heads, neurons, tuple(arrays), *weights)
 
 
 def test_costs_of_bert_base():

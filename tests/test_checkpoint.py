@@ -13,8 +13,10 @@ import torch
 import transformers
 from families import (
     ALL,
+    EVERY,
     MODELS,
     ONE_EACH,
+    attentions,
     batch,
     counts,
     family_of,
@@ -24,11 +26,13 @@ from families import (
     zero_uneven,
 )
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import AutoModel, AutoModelForQuestionAnswering
 
 from hf_oto import modeling
-from hf_oto.architectures import BLOCK_SPECS
-from hf_oto.surgery import compress
+from hf_oto.architectures import BLOCK_SPECS, has_bias
+from hf_oto.groups import partition
+from hf_oto.surgery import auto_class_of, compress
 
 KEPT = [(3, 16), (0, 12), (2, 0)]
 # Loaded weights lie at another address, where the same product may be summed in another order.
@@ -44,6 +48,9 @@ def pruned(name, seed=0, **overrides):
 def auto_class(name):
     """The Auto class of a dense class's task: BertForMaskedLM -> AutoModelForMaskedLM."""
     task = name.partition("For")[2]
+    speech = {"SequenceClassification": "AudioClassification", "XVector": "AudioXVector"}
+    if family_of(name) in ("wav2vec2", "hubert"):
+        task = speech.get(task, task)
     return getattr(transformers, f"AutoModelFor{task}" if task else "AutoModel")
 
 
@@ -56,6 +63,7 @@ def same_weights(model, other):
 def test_round_trip_through_the_auto_class(name, tmp_path, caplog, recwarn):
     model = pruned(name)
     model.save_pretrained(tmp_path)
+    assert auto_class_of(model) == auto_class(name).__name__
     loaded = auto_class(name).from_pretrained(tmp_path)
     assert type(loaded) is type(model)
     assert same_weights(loaded, model)
@@ -67,19 +75,25 @@ def test_round_trip_through_the_auto_class(name, tmp_path, caplog, recwarn):
     spec = BLOCK_SPECS[family_of(name)]
     assert config["architectures"] == [f"OTO{name}"]
     assert config["per_layer_config"] == {
-        str(layer): {spec.heads_field: heads, spec.width_field: neurons} for layer, (heads, neurons) in enumerate(KEPT)
+        str(layer): modeling.block_fields(spec, config, heads, neurons) for layer, (heads, neurons) in enumerate(KEPT)
     }
-    assert (config[spec.heads_field], config[spec.width_field], config["head_dim"]) == (4, 24, 8)
+    assert [config[name] for name in (spec.key_heads_field or spec.heads_field, spec.width_field)] == [4, 24]
+    assert config["head_dim"] == 8
     assert config["auto_map"]["AutoModel"] == f"modeling.OTO{MODELS[family_of(name)][0]}"
     for source in ("modeling.py", "architectures.py"):
         assert (tmp_path / source).read_bytes() == Path(modeling.__file__).with_name(source).read_bytes()
     # No weights but those that are left: what was cut to nothing has a bias only.
-    keys = load_file(tmp_path / "model.safetensors")
-    assert not [key for key in keys if f"layer.1.{spec.query}" in key or f"layer.2.{spec.neurons_in}" in key]
-    assert [key for key in keys if f"layer.1.{spec.attention_out}" in key][0].endswith(".bias")
+    keys = loaded.state_dict()
+    assert {tuple(tensor.shape) for tensor in load_file(tmp_path / "model.safetensors").values()} <= {
+        tuple(tensor.shape) for tensor in keys.values()
+    }
+    heads, neurons = f"{spec.blocks}.1.{spec.query}", f"{spec.blocks}.2.{spec.neurons_in}"
+    assert not [key for key in keys if heads in key or neurons in key]
+    biases = [key.rpartition(".")[2] for key in keys if f"{spec.blocks}.1.{spec.attention_out}" in key]
+    assert biases == ["bias"] * has_bias(spec.out_bias, config)
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", EVERY)
 def test_ways_to_load_and_to_save(name, tmp_path, caplog, recwarn):
     model = pruned(name)
     expected = outputs(model)
@@ -87,23 +101,25 @@ def test_ways_to_load_and_to_save(name, tmp_path, caplog, recwarn):
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
 
     def load(**options):
-        return AutoModelForQuestionAnswering.from_pretrained(tmp_path / "shards", **options)
+        return auto_class(name).from_pretrained(tmp_path / "shards", **options)
 
     assert largest_difference(outputs(load()), expected) < SAME
     for device_map in ("cpu", {"": "cpu"}, "auto"):
         assert largest_difference(outputs(load(device_map=device_map)), expected) < SAME
     eager = load(attn_implementation="eager")
     assert eager.config._attn_implementation == "eager"
-    assert largest_difference(outputs(eager), expected) < 1e-5
+    # Not the other implementation's outputs: where a window holds padding alone they may differ.
+    assert largest_difference(outputs(eager), outputs(pruned(name, attention="eager"))) < SAME
     maps = eager(**batch(eager), output_attentions=True).attentions
-    assert [weights.shape[1] for weights in maps] == [heads for heads, _ in KEPT]
-    eager.set_attn_implementation("sdpa")
+    queries = partition(model).queries
+    assert [weights.shape[1] for weights in maps] == [heads * queries for heads, _ in KEPT]
+    eager.set_attn_implementation(attentions(name)[-1])
     assert largest_difference(outputs(eager), expected) < SAME
     small = load(dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in small.parameters()} == {torch.bfloat16}
     assert largest_difference(outputs(small), expected) < 0.2  # eight bits of mantissa through three blocks
     with torch.device("meta"):
-        empty = AutoModelForQuestionAnswering.from_config(model.config)
+        empty = auto_class(name).from_config(model.config)
     assert {key: value.shape for key, value in empty.state_dict().items()} == {
         key: value.shape for key, value in model.state_dict().items()
     }
@@ -200,7 +216,7 @@ def test_plain_trainer_goes_on(name, tmp_path):
     assert counts(AutoModel.from_pretrained(tmp_path / "run" / "checkpoint-2")) == KEPT
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", EVERY)
 def test_configs_and_models_are_copied(name):
     model = pruned(name)
     config = model.config
@@ -209,8 +225,11 @@ def test_configs_and_models_are_copied(name):
         assert twin.to_dict()["per_layer_config"] == config.to_dict()["per_layer_config"]
         assert counts(type(model)(twin)) == KEPT
     assert copy.deepcopy(config) == config
-    assert pruned(name.replace("ForQuestionAnswering", "Model"), num_hidden_layers=4).config != config
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    assert pruned(MODELS[family_of(name)][0], num_hidden_layers=4).config != config
+    twins = [copy.deepcopy(model)]
+    if not any(map(is_parametrized, model.modules())):  # of which torch pickles no model, dense or pruned
+        twins.append(pickle.loads(pickle.dumps(model)))
+    for twin in twins:
         assert largest_difference(outputs(twin), outputs(model)) < SAME
 
 
@@ -356,7 +375,7 @@ root = Path(sys.argv[1])
 for folder in sorted(root.glob("*/*")):
     auto = getattr(transformers, (folder / "auto").read_text())
     data = load_file(folder / "data.safetensors")
-    inputs = {key: data[key] for key in ("input_ids", "attention_mask")}
+    inputs = {key: data[key] for key in ("input_ids", "attention_mask", "pixel_values", "input_values") if key in data}
     expected = {key: value for key, value in data.items() if key not in inputs}
 
     def check(model):
@@ -406,7 +425,7 @@ print("done")
 @pytest.mark.slow
 def test_an_interpreter_without_hf_oto_loads_them_all(tmp_path):
     """Every family, and two structures of one, in one subprocess: its imports take seconds."""
-    names = [*ONE_EACH, "BertForMaskedLM", "BertForPreTraining", "DistilBertModel", "XLMRobertaForMultipleChoice"]
+    names = [*EVERY, "BertForMaskedLM", "BertForPreTraining", "DistilBertModel", "XLMRobertaForMultipleChoice"]
     for seed, name in enumerate([*names, "BertForQuestionAnswering"]):
         model = tiny_model(name, num_hidden_layers=4 if seed == len(names) else 3)
         zero_uneven(model, seed)

@@ -11,7 +11,7 @@ import evaluate
 import pytest
 import torch
 import transformers
-from families import ONE_EACH, batch, family_of, largest_difference, outputs, tiny_model, zero_uneven
+from families import EVERY, ONE_EACH, batch, family_of, largest_difference, outputs, tiny_model, zero_uneven
 from squad_data import make_questions, squad, wordpiece, write
 from typer.testing import CliRunner
 
@@ -115,7 +115,7 @@ def test_the_libraries_speak_as_loudly_after_a_command_as_before(tmp_path):
 # inspect
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", EVERY)
 def test_inspect_reads_the_config_alone(name, tmp_path):
     dense, pruned = tmp_path / "dense", tmp_path / "pruned"
     model = saved(dense, name)
@@ -215,7 +215,7 @@ def test_what_cannot_be_inspected_is_refused(tmp_path):
     assert "nobody/nothing is no folder" in refused("inspect", "nobody/nothing")
     assert "is no folder, and no model" in refused("inspect", tmp_path / "absent" / "model")
     transformers.GPT2Config().save_pretrained(tmp_path / "gpt2")
-    assert "is of type 'gpt2'. Supported families: bert, " in refused("inspect", tmp_path / "gpt2")
+    assert "is of type 'gpt2', which is refused: " in refused("inspect", tmp_path / "gpt2")
     for wrong in ("pipeline", "PreTrainedModel", "RobertaModel", "BertConfig"):
         config = json.loads((tmp_path / "model" / "config.json").read_text())
         (tmp_path / "wrong").mkdir(exist_ok=True)
@@ -541,4 +541,4 @@ def test_what_cannot_be_answered_is_refused(reader, tmp_path):
 
 
 def test_every_family_has_a_test_here():
-    assert {family_of(name) for name in ONE_EACH} == set(BLOCK_SPECS)
+    assert {family_of(name) for name in EVERY} == set(BLOCK_SPECS)

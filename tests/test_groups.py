@@ -1,15 +1,31 @@
 """partition: which weights belong to which group, in every family, and which models have none."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
-from families import ALL, ONE_EACH, counts, family_of, owned, tiny_config, tiny_model, zero, zero_uneven
+from families import (
+    ALL,
+    EVERY,
+    ONE_EACH,
+    counts,
+    family_of,
+    group_sizes,
+    owned,
+    tiny_config,
+    tiny_model,
+    zero,
+    zero_uneven,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hf_oto.architectures import BLOCK_SPECS, dense_model_type
+from hf_oto.architectures import BLOCK_SPECS, REFUSED, dense_model_type, has_bias
+from hf_oto.budget import group_cost
 from hf_oto.groups import partition, zero_groups
+from hf_oto.modeling import FAMILIES
 from hf_oto.surgery import compress
 
 
@@ -23,32 +39,36 @@ def test_groups_own_heads_and_neurons_and_nothing_else(name):
     assert groups.num_groups == 3 * 28
     parameters = dict(model.named_parameters())
     for array in groups.arrays:
-        # algorithm: 4·32·8 + 3·8 weights of a head, 2·32 + 1 of a neuron
         size = sum(part.numel() for part in owned(model, array, 0))
-        assert size == (4 * 32 * 8 + 3 * 8 if array.kind == "heads" else 2 * 32 + 1)
-        assert all(parameters[name].shape[dim] == array.count * array.width for name, dim in array.members)
+        assert size == group_sizes(name)[array.kind == "neurons"]
+        assert size == group_cost(groups, array.kind, "params", 1)
+        # Together the groups own each of their parameters whole, and no entry twice.
+        for each in array.owned:
+            positions = each.positions(array.count, torch.arange(array.count))
+            assert sorted(positions.tolist()) == list(range(parameters[each.name].shape[each.dim]))
     names = [name for array in groups.arrays for name, _ in array.members]
-    assert len(names) == len(set(names)) == 3 * 10
+    assert len(names) == len(set(names))
     spec = BLOCK_SPECS[family_of(name)]
     blocks = [name for name in parameters if f".{spec.blocks}." in f".{name}"]
     # What is left of the blocks: LayerNorms, and the biases of the output projections.
-    rest = {name.split(".", name.split(".").index("layer") + 2)[-1] for name in set(blocks) - set(names)}
-    assert {f"{spec.attention_out}.bias", f"{spec.neurons_out}.bias"} < rest
-    assert all("norm" in name.lower() for name in rest - {f"{spec.attention_out}.bias", f"{spec.neurons_out}.bias"})
+    rest = {name.partition(f"{spec.blocks}.")[2].partition(".")[2] for name in set(blocks) - set(names)}
+    flags = {spec.attention_out: spec.out_bias, spec.neurons_out: spec.neuron_bias}
+    biases = {f"{path}.bias" for path, flag in flags.items() if has_bias(flag, vars(model.config))}
+    assert biases < rest and all("norm" in name.lower() for name in rest - biases)
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_zero_group_adds_nothing(name):
     """Its block computes the same whatever the rest of the group holds: zero rows, or zero columns, are enough."""
     model = tiny_model(name)
     parameters = dict(model.named_parameters())
     for array in partition(model).arrays[:2]:
         assert not zero_groups(array, parameters).any()
-        zero(model, array, [1], tuple((silencer, 0) for silencer in array.silencers))
+        zero(model, array, [1], array.silencers)
         zero(model, array, [2], ((array.columns, 1),))
-        others = tuple(member for member in array.members if member[0] not in (*array.silencers, array.columns))
-        zero(model, array, [0], others[:1])  # of a head its queries: not enough; a neuron has no other
-        assert zero_groups(array, parameters).nonzero().flatten().tolist() == ([1, 2] if others else [0, 1, 2])
+        if array.kind == "heads":  # its queries, all of them: not enough
+            zero(model, array, [0], tuple(replace(each, blocks=each.blocks[:1]) for each in array.rows[:1]))
+        assert zero_groups(array, parameters).nonzero().flatten().tolist() == [1, 2]
 
 
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 9), st.data())
@@ -75,7 +95,7 @@ def test_rows_and_columns_of_a_group(heads, head_size, neurons, data):
             assert int((parameter == 0).sum()) == array.width * parameter.numel() // parameter.shape[dim]
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_pruned_model_has_the_groups_that_are_left(name):
     model = tiny_model(name)
     kept = zero_uneven(model)
@@ -95,12 +115,22 @@ def test_bert_base_has_its_37008_groups_without_a_weight():
 
 
 def test_models_without_known_groups_are_refused():
-    supported = "Supported families: bert, roberta, xlm-roberta, electra, distilbert"
+    supported = f"Supported families: bert, roberta, .*{list(BLOCK_SPECS)[-1]}"
+    funnel = transformers.FunnelModel(
+        transformers.FunnelConfig(vocab_size=9, d_model=8, n_head=2, d_head=4, d_inner=8)
+    )
+    with pytest.raises(ValueError, match=f"'funnel', whose groups are not known. {supported}"):
+        partition(funnel)
     gpt2 = transformers.GPT2Model(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9))
-    with pytest.raises(ValueError, match=f"'gpt2', whose groups are not known. {supported}"):
+    with pytest.raises(ValueError, match=f"'gpt2', which is refused: its projections keep rows.* {supported}"):
         partition(gpt2)
     with pytest.raises(ValueError, match=f"not wrapped, got Linear. {supported}"):
         partition(nn.Linear(2, 2))
+    with torch.device("meta"):
+        for family, reason in REFUSED.items():
+            model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(family))
+            with pytest.raises(ValueError, match=f"'{family}', which is refused: {reason}. {supported}"):
+                partition(model)
     wrapped = nn.DataParallel(tiny_model("BertModel"))
     with pytest.raises(ValueError, match="not wrapped, got DataParallel"):
         partition(wrapped)
@@ -151,4 +181,5 @@ def test_projections_that_are_no_plain_linear_layers_are_refused():
 def test_every_pruned_type_finds_its_family():
     assert [dense_model_type(f"oto_{family.replace('-', '_')}") for family in BLOCK_SPECS] == list(BLOCK_SPECS)
     assert dense_model_type("oto_gpt2") == "oto_gpt2"
+    assert not set(REFUSED) & set(BLOCK_SPECS) and set(FAMILIES) == set(BLOCK_SPECS)
     assert counts(tiny_model("BertModel")) == [(4, 24)] * 3
