@@ -161,7 +161,7 @@ def layer_counts(config: Any, per_layer_config: Any = None) -> list[tuple[int, i
             raise ValueError(f"`{name}` must be a positive integer in a pruned config, got {_shortened(size)}.")
         if size > _LARGEST_SIZE:
             raise ValueError(f"`{name}` must be at most {_LARGEST_SIZE} in a pruned config, got {_shortened(size)}.")
-    pad, rows = config.pad_token_id, sizes.get("vocab_size")
+    pad, rows = getattr(config, "pad_token_id", None), sizes.get("vocab_size")
     if pad is not None and rows is not None and not -rows <= pad < rows:
         raise ValueError(f"`pad_token_id` must be None or a row of the {rows} of `vocab_size`, got {_shortened(pad)}.")
     if not spec.own_head_size and config.head_dim * dense[spec.heads_field] != config.hidden_size:

