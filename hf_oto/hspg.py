@@ -466,9 +466,10 @@ class HSPG(Optimizer):
     def _makes_state(self) -> bool:
         """
         Whether a step is none of the run: `torch.distributed.checkpoint` takes one with zero step sizes and gradients,
-        so that the base optimizer makes the state which is then saved or filled. No weight may move in it.
+        so that the base optimizer makes the state which is then saved or filled. No weight may move in it. An optimizer
+        that was made with zero step sizes takes such steps on purpose.
         """
-        if self.state or any(group.get("lr") != 0 for group in self.param_groups):
+        if self.state or not self.defaults.get("lr") or any(group.get("lr") != 0 for group in self.param_groups):
             return False
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]

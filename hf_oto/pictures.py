@@ -137,7 +137,7 @@ def run_figure(log_history: Sequence[Mapping[str, Any]]) -> Any:
 
 def training_entries(log_history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The entries of a log that OTOTrainer wrote while it trained."""
-    return [entry for entry in log_history if "loss" in entry and "removed_params" in entry]
+    return [entry for entry in log_history if {"loss", "removed_params", "stage"} <= entry.keys()]
 
 
 def stage_spans(log_history: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
