@@ -466,8 +466,8 @@ class HSPG(Optimizer):
     def _makes_state(self) -> bool:
         """
         Whether a step is none of the run: `torch.distributed.checkpoint` takes one with zero step sizes and gradients,
-        so that the base optimizer makes the state which is then saved or filled. No weight may move in it. An optimizer
-        that was made with zero step sizes takes such steps on purpose.
+        so that the base optimizer makes the state which is then saved or filled. No weight may move in it. Made with
+        zero step sizes, an optimizer takes such steps on purpose.
         """
         if self.state or not self.defaults.get("lr") or any(group.get("lr") != 0 for group in self.param_groups):
             return False

@@ -132,10 +132,8 @@ class Frontier:
         if method in ("hspg", "magnitude", "random"):
             options += ["--compress", "--target_sparsity", str(run.target)]
             options += ["--saliency", method] if method != "hspg" else []
-            if "--lr_scheduler_type" not in options:  # the rate keeps its peak until the target is reached
-                options += ["--lr_scheduler_type", "warmup_stable_decay"]
-            if taught:  # what it has learnt is not learnt again
-                options += ["--model_name_or_path", str(self._dense(run.seed))]
+            if taught:  # it goes on from what it would have to learn again, with its groups' saliency known at once
+                options += ["--model_name_or_path", str(self._dense(run.seed)), "--warmup_ratio", "0.05"]
         elif method == "published":
             options += ["--compress", "--target_sparsity", "none", "--lmbda", str(self._lmbda(run, options))]
         elif method == "layers":
