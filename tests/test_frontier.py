@@ -83,12 +83,16 @@ def test_the_cut_by_norm_takes_the_least_groups_and_leaves_all_else():
 
 @pytest.mark.slow
 def test_a_tiny_frontier_from_end_to_end(tmp_path, capfd):
-    methods = ["hspg", "published", "one-shot", "layers+teacher"]
+    methods = ["hspg", "hspg+teacher", "published", "one-shot", "layers+teacher"]
     command = ["--output_dir", str(tmp_path / "out"), "--steps", "24", "--eval_paragraphs", "5", "--seeds", "0"]
     command += ["--targets", "0.5", "--methods", *methods, "--keep_models"]
     lines = frontier.main(command)
     assert [one["run"] for one in lines] == ["dense-0", *(f"{method}-0.5-0" for method in methods)]
-    assert "F1 kept" in capfd.readouterr().out and (tmp_path / "out" / "frontier.png").is_file()
+    shown = capfd.readouterr().out
+    assert "F1 kept" in shown and (tmp_path / "out" / "frontier.png").is_file()
+    (taught,) = (command for command in shown.splitlines() if "hspg+teacher-0.5-0" in command and "$" in command)
+    for option in ("--teacher_name_or_path", "--model_name_or_path"):
+        assert taught.rpartition(f"{option} ")[2].startswith(f"{tmp_path}/out/dense-0 ")  # the last one counts
     sizes = {one["method"]: one["encoder_parameters"] for one in lines}
     blocks = 4 * 4 * 128 * 129 + 4 * (2 * 128 * 512 + 640 + 4 * 128)
     assert sizes["dense"] == blocks
@@ -108,7 +112,7 @@ def test_a_tiny_frontier_from_end_to_end(tmp_path, capfd):
     assert frontier.main(command) == lines and path.read_text(encoding="utf-8") == before
     assert "run_squad.py" not in capfd.readouterr().out
     path.write_text("".join(before.splitlines(keepends=True)[:-2]), encoding="utf-8")
-    assert frontier.main([*command, "--methods", "one-shot"])[-1]["f1"] == lines[3]["f1"]
+    assert frontier.main([*command, "--methods", "one-shot"])[-1]["f1"] == lines[4]["f1"]
     assert capfd.readouterr().out.count("run_squad.py --output_dir") == 1
     with pytest.raises(ValueError, match="holds runs of other options"):
         frontier.main([*command, "--learning_rate", "1e-4"])
