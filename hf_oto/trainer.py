@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import DistributedType
 from huggingface_hub import ModelCard, upload_folder
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments, get_wsd_schedule
@@ -28,18 +27,28 @@ from transformers.trainer_utils import (
     SchedulerType,
     sort_checkpoints,
 )
-from transformers.utils import CONFIG_NAME, PushInProgress, logging
+from transformers.utils import PushInProgress, logging
 
-from . import budget
+from .checks import (
+    NO_DEEPSPEED,
+    NO_FSDP1,
+    check_model,
+    check_optimizer,
+    check_parallelism,
+    check_shapes,
+    check_writable,
+    group_counts,
+    saved_counts,
+)
 from .config import OTOConfig
 from .contexts import UNFINISHED, folder_beside
 from .distillation import IGNORED, hidden_states_loss, load_teacher, logits_loss
 from .groups import partition
 from .hspg import HSPG
-from .parts import check_sharding, is_sharded
+from .parts import is_sharded
 from .report import card_section, figures, leaderboard_results, save_figures, summarize
 from .schedule import Schedule
-from .surgery import auto_class_of, block_counts, check_compressible, compress, gather, shrink
+from .surgery import auto_class_of, compress, gather, shrink
 
 logger = logging.get_logger(__name__)
 
@@ -51,18 +60,6 @@ _NOT_THE_MODEL = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", f".*{UNFINISHED}*")
 
 # Where FSDP2 keeps the optimizer's state in a checkpoint, in place of `OPTIMIZER_NAME`: full, or sharded.
 _SHARDED_OPTIMIZER_NAMES = ("optimizer.bin", "optimizer_0")
-
-# These step during backward, or keep weights or states that are no longer laid out as the model's weights.
-_REFUSED_OPTIMIZERS = ("lomo", "layerwise", "galore", "apollo", "schedule_free", "torch_4bit", "torch_8bit")
-
-_NO_DEEPSPEED = (
-    "`deepspeed` is not supported by OTOTrainer: ZeRO-1, ZeRO-2 and ZeRO-3 keep weights or states of their own, in "
-    "which groups cannot be found. Use `fsdp` with 'fsdp_version' 2, or DistributedDataParallel."
-)
-_NO_FSDP1 = (
-    "FSDP1 is not supported by OTOTrainer: it makes one flat vector of a block's weights, in which groups cannot be "
-    "found. Set 'fsdp_version' to 2 in `fsdp_config`."
-)
 
 
 class OTOTrainer(Trainer):
@@ -118,15 +115,10 @@ class OTOTrainer(Trainer):
             raise TypeError(f"`oto_config` must be an OTOConfig, got {type(oto_config).__name__}.")
         # Before Trainer makes `output_dir`.
         if model is not None:
-            _check_model(model, self.oto_config)
+            check_model(model, self.oto_config)
             teacher = self._load_teacher(teacher, model)
-        optim = str(getattr(args, "optim", "")).rpartition(".")[2].lower()
-        if any(name in optim for name in _REFUSED_OPTIMIZERS):
-            raise ValueError(
-                f"`optim`={optim!r} is not supported by OTOTrainer: it steps during backward, or keeps weights or "
-                f"states that are not laid out as the model's weights. Use another, such as 'adamw_torch'."
-            )
-        _check_parallelism(model, args)
+        check_optimizer(args)
+        check_parallelism(model, args)
         self._total_steps: int | None = None
         self._saving_checkpoint = False
         self._accumulating = False
@@ -142,9 +134,9 @@ class OTOTrainer(Trainer):
     def _check_supported(self) -> None:
         """Refuse what would train something else than it says, and what only accelerate knows of."""
         if self.is_deepspeed_enabled:
-            raise ValueError(_NO_DEEPSPEED)
+            raise ValueError(NO_DEEPSPEED)
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
-            raise ValueError(_NO_FSDP1)
+            raise ValueError(NO_FSDP1)
         if self.args.n_gpu > 1:
             raise ValueError("DataParallel is not supported by OTOTrainer. Launch one process per GPU.")
 
@@ -206,7 +198,7 @@ class OTOTrainer(Trainer):
                 "`create_optimizer_and_scheduler(num_training_steps)`."
             )
         plain = self._plain_model()
-        _check_model(plain, self.oto_config)
+        check_model(plain, self.oto_config)
         names = {parameter: name for name, parameter in plain.named_parameters()}
         for group in optimizer.param_groups:
             group["param_names"] = [names[parameter] for parameter in group["params"]]
@@ -338,7 +330,7 @@ class OTOTrainer(Trainer):
         """
         saves = self.args.save_strategy != SaveStrategy.NO
         if saves and self.args.should_save and os.path.isdir(self._output_dir):
-            _check_writable(self._output_dir)
+            check_writable(self._output_dir)
         self._accumulating = False  # an earlier call may have broken off between two micro-steps
         self._newest_checkpoint = None
         output = super().train(*args, **kwargs)
@@ -383,14 +375,14 @@ class OTOTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights now, or, if they are of a model that had been shrunk, when the optimizer can follow."""
-        counts = _saved_counts(resume_from_checkpoint)
-        if counts is None or counts == _counts(self._plain_model()):
-            _check_shapes(resume_from_checkpoint, self._plain_model())
+        counts = saved_counts(resume_from_checkpoint)
+        if counts is None or counts == group_counts(self._plain_model()):
+            check_shapes(resume_from_checkpoint, self._plain_model())
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif not self.oto_config.shrink_during_training:
             raise ValueError(
                 f"{resume_from_checkpoint} has {counts} (heads, neurons) in its blocks, `model` "
-                f"{_counts(self._plain_model())}. Resume with the model that the run began with, and with "
+                f"{group_counts(self._plain_model())}. Resume with the model that the run began with, and with "
                 f"`shrink_during_training=True` if it had that."
             )
         else:
@@ -603,104 +595,10 @@ def _listed(names: str | Sequence[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else list(names or [])
 
 
-def _check_parallelism(model: Any, args: TrainingArguments | None) -> None:
-    """Refuse ways of training on many devices that are not supported, or that would not be what they are called."""
-    if (getattr(model, "tp_size", None) or 1) > 1:
-        raise ValueError(
-            f"`model` is loaded with tensor parallelism (tp_size={model.tp_size}), which OTOTrainer does not support: "
-            f"it would split groups. Load it whole, or sharded by FSDP2."
-        )
-    if args is None:
-        return
-    launched = {
-        name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
-    }
-    if args.deepspeed or "DEEPSPEED" in launched:
-        raise ValueError(_NO_DEEPSPEED)
-    parallelism = args.parallelism_config
-    if parallelism is not None:
-        sizes = {name: getattr(parallelism, f"{name}_size") for name in ("tp", "cp", "sp")}
-        if split := [f"{name}_size={size}" for name, size in sizes.items() if size > 1]:
-            raise ValueError(
-                f"`parallelism_config` with {', '.join(split)} is not supported by OTOTrainer: tensor parallelism "
-                f"would split groups, context and sequence parallelism are untested. Use `dp_replicate_size` and "
-                f"`dp_shard_size` alone."
-            )
-    if (args.fsdp or "FSDP" in launched) and args.distributed_state.distributed_type == DistributedType.MULTI_CPU:
-        raise ValueError(
-            "`fsdp` is not supported on the CPU: accelerate ignores it there and would train with "
-            "DistributedDataParallel. Leave it out, or use `fully_shard` and HSPG in a loop of your own."
-        )
-    if args.fsdp:
-        if cast(dict[str, Any], args.fsdp_config).get("xla"):
-            raise ValueError("`fsdp_config` with 'xla' is not supported by OTOTrainer. Use FSDP2.")
-        if args.fsdp_plugin_args["fsdp_version"] != 2:
-            raise ValueError(_NO_FSDP1)
-        if args.fsdp_plugin_args.get("activation_checkpointing"):
-            raise ValueError(
-                "`fsdp_config` with 'activation_checkpointing' is not supported by OTOTrainer: it renames the blocks. "
-                "Use `gradient_checkpointing`=True."
-            )
-    if args.push_to_hub and (args.fsdp or is_sharded(model)):
-        raise ValueError(
-            "`push_to_hub` is not supported with a sharded model. Train without it, and upload the folder that "
-            "`save_model` wrote."
-        )
-
-
-def _check_model(model: nn.Module, config: OTOConfig) -> None:
-    """Refuse a model without groups or a pruned class, with frozen or split groups, or with the target behind it."""
-    groups = partition(model)
-    budget.check_target(groups, config)
-    check_compressible(cast(PreTrainedModel, model))
-    parameters = dict(model.named_parameters())
-    owned = [name for array in groups.arrays if array.kind in config.structures for name, _ in array.members]
-    if frozen := [name for name in owned if not parameters[name].requires_grad]:
-        raise ValueError(
-            f"`model` has {len(frozen)} frozen parameters in zero-invariant groups ({frozen[0]!r}, …). Train them, or "
-            f"leave their kind out of `structures`."
-        )
-    check_sharding({name: parameters[name] for name in owned})
-
-
-def _counts(model: nn.Module) -> list[tuple[int, int]]:
-    """Heads and neurons of every block of a model."""
-    groups = partition(model)
-    return list(zip(groups.counts("heads"), groups.counts("neurons"), strict=True))
-
-
-def _saved_counts(checkpoint: str) -> list[tuple[int, int]] | None:
-    """Heads and neurons of every block of a saved model, `None` where there is no config."""
-    if not (Path(checkpoint) / CONFIG_NAME).is_file():
-        return None
-    return block_counts(AutoConfig.from_pretrained(checkpoint))
-
-
 def _hspg_in(optimizer: Any) -> HSPG | None:
     while optimizer is not None and not isinstance(optimizer, HSPG):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
-
-
-def _check_shapes(checkpoint: str, model: nn.Module) -> None:
-    """Refuse weights of other shapes, of which some would have been loaded before torch finds out."""
-    mine = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    for path in Path(checkpoint).glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (it is no dict)
-                if (saved := file.get_slice(name).get_shape()) != mine.get(name, saved):
-                    raise ValueError(
-                        f"{checkpoint} is of another model: {name!r} has shape {saved} there and {mine[name]} in "
-                        f"`model`. Resume with the model that the run began with."
-                    )
-
-
-def _check_writable(folder: str) -> None:
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(
-            f"`output_dir` must be writable, {folder!r} is not: nothing of the run could be saved. Choose another, or "
-            f"set `save_strategy`='no'."
-        )
 
 
 @contextmanager

@@ -11,8 +11,9 @@ PACKAGE = ROOT / "hf_oto"
 
 # A room imports from rooms of a higher number only.
 LEVELS = {
-    "cli": 1,
-    **dict.fromkeys(("trainer", "benchmark", "scoring"), 2),
+    "cli": 0,
+    **dict.fromkeys(("trainer", "benchmark", "scoring"), 1),
+    "checks": 2,
     **dict.fromkeys(("report", "distillation", "surgery", "hspg", "answering", "exporting"), 3),
     **dict.fromkeys(("modeling", "saliency", "budget", "schedule", "parts"), 4),
     "groups": 5,
