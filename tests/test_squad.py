@@ -455,6 +455,7 @@ OTHERS = {
     "pruning_periods": 3,
     "saliency": "taylor",
     "saliency_decay": 0.9,
+    "saliency_interval": 2,
     "epsilon": 0.2,
     "lmbda": 0.01,
     "min_heads": 2,
