@@ -597,8 +597,6 @@ class HSPG(Optimizer):
         if published:
             self._first_group[_STATUS].masked_fill_(zero_A, ZERO)
         elif period_ends:
-            for part in parts:
-                part.clear(self.state)
             status_G = self._first_group[_STATUS]
             status_G[status_G == REDUNDANT] = ZERO
             self._acting = self._frozen = None

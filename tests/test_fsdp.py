@@ -77,13 +77,19 @@ def removed_exactly(model, marked):
     assert half - cheapest < removed <= half
 
 
+def pruned_to_the_target(held):
+    """The full-size model of a run, once it is seen that what the run says is zero is, and is as much as it should be."""
+    model = tiny_model(fsdp_ranks.NAME, **fsdp_ranks.SIZES)
+    model.load_state_dict({key: held[key] for key in model.state_dict()})
+    removed_exactly(model, held["history"][-1] == ZERO)
+    return model
+
+
 @pytest.mark.parametrize("layout", fsdp_ranks.LAYOUTS)
 def test_every_layout_meets_the_target_on_all_ranks(ran, layout):
     first, second = ran("bare", 0)[layout], ran("bare", 1)[layout]
     assert same(first, second)
-    model = tiny_model(fsdp_ranks.NAME, **fsdp_ranks.SIZES)
-    model.load_state_dict({key: first[key] for key in model.state_dict()})
-    removed_exactly(model, first["history"][-1] == ZERO)
+    pruned_to_the_target(first)
 
 
 def test_what_is_kept_after_forward_changes_nothing(ran):
@@ -136,9 +142,7 @@ def test_only_the_first_rank_ever_holds_a_whole_model(ran):
 def test_trainer_saves_once_what_all_ranks_hold(ran, way):
     first, second = ran("trainer", 0)[way], ran("trainer", 1)[way]
     assert same(first, second)
-    full = tiny_model(fsdp_ranks.NAME, **fsdp_ranks.SIZES)
-    full.load_state_dict({key: first[key] for key in full.state_dict()})
-    removed_exactly(full, first["history"][-1] == ZERO)
+    full = pruned_to_the_target(first)
     small = AutoModelForQuestionAnswering.from_pretrained(ran.folder / way)
     assert counts(small) != counts(full) and type(small).__name__ == f"OTO{fsdp_ranks.NAME}"
     assert largest_difference(outputs(small), outputs(full)) <= 1e-5
