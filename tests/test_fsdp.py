@@ -78,7 +78,7 @@ def removed_exactly(model, marked):
 
 
 def pruned_to_the_target(held):
-    """The full-size model of a run, once it is seen that what the run says is zero is, and is as much as it should be."""
+    """The full-size model of a run, in which what the run says is zero is, and is as much as it should be."""
     model = tiny_model(fsdp_ranks.NAME, **fsdp_ranks.SIZES)
     model.load_state_dict({key: held[key] for key in model.state_dict()})
     removed_exactly(model, held["history"][-1] == ZERO)
