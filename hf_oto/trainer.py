@@ -331,6 +331,7 @@ class OTOTrainer(Trainer):
         saves = self.args.save_strategy != SaveStrategy.NO
         if saves and self.args.should_save and os.path.isdir(self._output_dir):
             check_writable(self._output_dir)
+            shutil.rmtree(Path(self._output_dir, _UNFINISHED), ignore_errors=True)  # of a run that was killed
         self._accumulating = False  # an earlier call may have broken off between two micro-steps
         self._newest_checkpoint = None
         output = super().train(*args, **kwargs)

@@ -56,7 +56,9 @@ def test_a_finished_run_takes_no_step_more(length, tmp_path):
     first = make(tmp_path, save_strategy="steps", save_steps=8, **length)
     first.train()
     before = files_of(tmp_path)
-    (tmp_path / "model.safetensors").unlink()  # as if it was killed before it wrote the small model
+    # As if it was killed while it removed an old checkpoint, before it wrote the small model.
+    (tmp_path / "model.safetensors").unlink()
+    shutil.copytree(tmp_path / "checkpoint-8", tmp_path / "_unfinished" / "checkpoint-4")
     again = make(tmp_path, save_strategy="steps", save_steps=8, **length)
     assert again.train(resume_from_checkpoint=True).global_step == 24
     assert again.hspg.steps_done == 24 and same_weights(again.model, first.model)
