@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from tokenizers.trainers import WordPieceTrainer
 from transformers import BertTokenizer, PreTrainedTokenizerBase, RobertaTokenizer
 
 NAMES = (
@@ -74,7 +75,14 @@ def _texts() -> list[str]:
 
 def wordpiece(**options: Any) -> PreTrainedTokenizerBase:
     """BERT's kind of tokenizer. Most words are one token; rare ones are several."""
-    return BertTokenizer(**options).train_new_from_iterator(_texts(), 150, show_progress=False)
+    empty = BertTokenizer()
+    special = sorted(empty.get_vocab(), key=empty.get_vocab().__getitem__)
+    # Letters within words would get their ids in the order of a hash, and merges their order from the ids.
+    text = empty.backend_tokenizer.normalizer.normalize_str("".join(_texts()))
+    letters = sorted(f"##{letter}" for letter in set(text) if letter.isalnum())
+    trainer = WordPieceTrainer(vocab_size=180, special_tokens=special + letters, show_progress=False)
+    empty.backend_tokenizer.train_from_iterator(_texts(), trainer)
+    return BertTokenizer(vocab=empty.backend_tokenizer.get_vocab(), **options)
 
 
 def byte_bpe(**options: Any) -> PreTrainedTokenizerBase:
