@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from .exporting import check_packages, example_batch, export_onnx, inference_session, longest_input
 from .report import summarize
 
-BACKENDS = ("eager", "compile", "onnx")
+BACKENDS = ("eager", "compile", "onnx", "onnx-int8")
+ONNX_BACKENDS = {"onnx", "onnx-int8"}
 
 Run = Callable[[dict[str, Tensor]], Any]
 
@@ -38,7 +39,7 @@ class Measurement:
     Two models on batches of one size.
 
     Args:
-        backend (`str`): `"eager"`, `"compile"` or `"onnx"`.
+        backend (`str`): `"eager"`, `"compile"`, `"onnx"` or `"onnx-int8"`.
         batch_size, length (`int`): Sequences of a batch, and tokens of each.
         threads (`int`): Threads of one operation.
         dense, pruned ([`Latency`]): What a batch takes.
@@ -83,7 +84,9 @@ def measure(
 
     Args:
         dense, pruned ([`PreTrainedModel`]): On the CPU.
-        backends (`Sequence[str]`): Of `"eager"`, `"compile"` (`torch.compile`) and `"onnx"` (ONNX Runtime, float32).
+        backends (`Sequence[str]`):
+            Of `"eager"`, `"compile"` (`torch.compile`), `"onnx"` (ONNX Runtime, float32) and `"onnx-int8"` (the same,
+            quantized as [`~hf_oto.exporting.export_onnx`] does it).
         batch_sizes, lengths (`Sequence[int]`): Every backend is timed on every combination.
         threads (`int`, *optional*): Threads of one operation. By default torch's own number.
         repeats (`int`, *optional*, defaults to 30): Runs of each model that count.
@@ -94,7 +97,7 @@ def measure(
 
     Raises:
         `ValueError`: A backend is unknown, a number is too small, or a model does not read so many tokens.
-        `ImportError`: A package that `"onnx"` needs is not installed.
+        `ImportError`: A package that ONNX needs is not installed.
     """
     for backend in backends:
         if backend not in BACKENDS:
@@ -111,7 +114,7 @@ def measure(
     longest = min(longest_input(dense), longest_input(pruned))
     if lengths and max(lengths) > longest:
         raise ValueError(f"`length` must be at most {longest}, what both models read, got {max(lengths)}.")
-    if "onnx" in backends:
+    if ONNX_BACKENDS.intersection(backends):
         check_packages()
     return _measurements((dense, pruned), backends, batch_sizes, lengths, threads, repeats, warmup)
 
@@ -131,7 +134,9 @@ def _measurements(
         for model in models:
             model.eval()
         for backend in backends:
-            sessions = _sessions(models, number, stack) if backend == "onnx" else []
+            sessions = (
+                _sessions(models, number, stack, int8=backend == "onnx-int8") if backend in ONNX_BACKENDS else []
+            )
             for length in lengths:
                 for batch_size in batch_sizes:
                     batches = [example_batch(model, batch_size, length, padded=False) for model in models]
@@ -143,12 +148,12 @@ def _measurements(
                     yield Measurement(backend, batch_size, length, number, dense, pruned, ratio)
 
 
-def _sessions(models: Sequence[PreTrainedModel], threads: int, stack: ExitStack) -> list[Run]:
+def _sessions(models: Sequence[PreTrainedModel], threads: int, stack: ExitStack, *, int8: bool) -> list[Run]:
     """Both models in ONNX Runtime; their files go when the stack closes."""
     folder = Path(stack.enter_context(TemporaryDirectory()))
     sessions = []
     for index, model in enumerate(models):
-        export_onnx(model, folder / f"{index}.onnx")
+        export_onnx(model, folder / f"{index}.onnx", int8=int8)
         sessions.append(_session_runner(inference_session(folder / f"{index}.onnx", threads)))
     return sessions
 

@@ -250,7 +250,7 @@ def bench(
     batch_size: Annotated[list[int] | None, typer.Option(help="Sequences of a batch; repeat it. Default 1.")] = None,
     length: Annotated[list[int] | None, typer.Option(help="Tokens of a sequence; repeat it. Default 128.")] = None,
     backend: Annotated[
-        list[str] | None, typer.Option(help="eager, compile or onnx; repeat it. By default eager.")
+        list[str] | None, typer.Option(help="eager, compile, onnx or onnx-int8; repeat it. By default eager.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of one operation. By default torch's number.")] = None,
     repeats: Annotated[int, typer.Option(help="Runs of each model that count.")] = 30,
@@ -264,7 +264,7 @@ def bench(
 
     Example: hf-oto bench dense small --batch-size 1 --batch-size 8 --length 384 --backend eager --threads 1
     """
-    if backend and "onnx" in backend:
+    if backend and benchmark.ONNX_BACKENDS.intersection(backend):
         check_packages()
     models = [_load(name, _config(name), dtype=torch.float32) for name in (dense, pruned)]
     choices: dict[str, Any] = {

@@ -15,12 +15,12 @@ from families import EVERY, ONE_EACH, batch, family_of, largest_difference, outp
 from squad_data import make_questions, squad, wordpiece, write
 from typer.testing import CliRunner
 
-from hf_oto import OTOConfig, QuestionAnswerer, partition, summarize
+from hf_oto import OTOConfig, QuestionAnswerer, benchmark, partition, summarize
 from hf_oto.answering import OnnxAnswerer
 from hf_oto.architectures import BLOCK_SPECS
 from hf_oto.budget import reach
 from hf_oto.cli import app
-from hf_oto.exporting import export_onnx
+from hf_oto.exporting import export_onnx, inference_session
 from hf_oto.surgery import compress
 
 COMMANDS = ("inspect", "compress", "bench", "export", "answer")
@@ -356,16 +356,27 @@ def test_bench_restores_the_threads_and_takes_models_of_two_families(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["compile", "onnx"])
-def test_bench_on_other_backends(backend, pair):
+@pytest.mark.parametrize("backend", ["compile", "onnx", "onnx-int8"])
+def test_bench_on_other_backends(backend, pair, monkeypatch):
+    import onnx
+
+    operations = []
+
+    def session(path, threads):
+        operations.append({node.op_type for node in onnx.load(path).graph.node})
+        return inference_session(path, threads)
+
+    monkeypatch.setattr(benchmark, "inference_session", session)
     options = ["--backend", backend, "--length", 8, "--repeats", 2, "--threads", 1]
     (row,) = answered("bench", *pair, *options)["measurements"]
     assert row["backend"] == backend and row["dense"]["median"] > 0 and row["pruned"]["median"] > 0
     assert set(pair[0].parent.iterdir()) == {*pair}
+    in_int8 = ["MatMulInteger" in found or "DynamicQuantizeMatMul" in found for found in operations]
+    assert in_int8 == {"compile": [], "onnx": [False] * 2, "onnx-int8": [True] * 2}[backend]
 
 
 def test_what_cannot_be_timed_is_refused(pair, monkeypatch):
-    assert "must be one of eager, compile, onnx, got 'tpu'" in refused("bench", *pair, "--backend", "tpu")
+    assert "must be one of eager, compile, onnx, onnx-int8, got 'tpu'" in refused("bench", *pair, "--backend", "tpu")
     assert "`length` must be at most 39, what both models read, got 40" in refused("bench", *pair, "--length", 40)
     for name in ("batch-size", "length", "threads", "repeats", "warmup"):
         assert f"`{name.replace('-', '_')}` must be at least 1, got 0" in refused("bench", *pair, f"--{name}", 0)

@@ -1,4 +1,4 @@
-"""The benchmarks of cost: a tiny run of each. What they measure is for the machine to say, and in no test."""
+"""The benchmarks of cost and speed: a tiny run of each. What they measure is for the machine to say, in no test."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import math
 import cost
 import pytest
 import scale
+import speed
 
 
 @pytest.mark.slow
@@ -58,3 +59,23 @@ def test_the_power_of_growth():
     lines = [{"groups": size, "selection": 3.0 * size**2} for size in (10, 100, 1000)]
     assert scale.growth(lines, "selection", "groups") == pytest.approx(2)
     assert math.isnan(scale.growth(lines[:1], "selection", "groups"))
+
+
+def test_the_speed_is_measured_beside_its_limit(tmp_path, capsys):
+    sizes = {"targets": (0.3, 0.5), "batch_sizes": (1, 2), "lengths": (8,), "threads": (1,), "round_to": (4, 64)}
+    command = [word for name, values in sizes.items() for word in (f"--{name}", *map(str, values))]
+    command += ["--size", "tiny", "--backends", "eager", "--repeats", "2", "--output", str(tmp_path / "speed.json")]
+    lines = speed.main(command)
+    assert json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))["lines"] == lines
+    assert [(line["target"], line["round_to"], line["batch_size"]) for line in lines] == [
+        (target, width, size) for target in (0.3, 0.5) for width in (4, 64) for size in (1, 2)
+    ]
+    for line in lines:
+        assert line["latency_ratio"] == line["dense"]["median"] / line["pruned"]["median"]
+        assert line["of_limit"] == line["latency_ratio"] / line["macs_ratio"]
+        assert line["macs_ratio"] == pytest.approx(1 / (1 - line["target"]), rel=0.1)
+    assert lines[0]["macs_ratio"] != lines[2]["macs_ratio"]  # of other widths
+    shown = [row.split("│")[1:5] for row in capsys.readouterr().out.splitlines() if "eager" in row]
+    assert [tuple(cell.strip() for cell in row) for row in shown] == [
+        (target, width, "eager", "8") for target in ("30%", "50%") for width in ("4", "64")
+    ]

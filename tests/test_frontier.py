@@ -6,11 +6,11 @@ import frontier
 import pytest
 import torch
 from families import counts, tiny_model, zero
-from frontier import DISTILLED, METHODS, Run, by_method, plan, plot, result_table, retained, spread
+from frontier import DISTILLED, METHODS, Run, by_method, cut, plan, plot, result_table, retained, spread
 from rich.console import Console
 from transformers import AutoModelForQuestionAnswering
 
-from hf_oto import partition
+from hf_oto import OTOConfig, partition
 
 
 def line(method, seed, target=None, f1=80.0, size=100, macs=50):
@@ -72,13 +72,13 @@ def test_the_cut_by_norm_takes_the_least_groups_and_leaves_all_else():
     with torch.no_grad():
         for name, dim in array.members:
             dict(model.named_parameters())[name].narrow(dim, 0, 16).mul_(1e-3)
-    cut = frontier.cut_by_norm(model, 0.2)
-    assert counts(cut)[1][1] == 8  # of the 24 neurons, the 16 whose weights are nearly nothing went
+    small = cut(model, OTOConfig(target_sparsity=0.2, saliency="magnitude"))
+    assert counts(small)[1][1] == 8  # of the 24 neurons, the 16 whose weights are nearly nothing went
     zero(model, array, range(16))
-    for array, kept in zip(partition(model).arrays, partition(cut).arrays, strict=True):
+    for array, kept in zip(partition(model).arrays, partition(small).arrays, strict=True):
         if array.count == kept.count:
             name = array.columns
-            assert torch.equal(dict(model.named_parameters())[name], dict(cut.named_parameters())[name])
+            assert torch.equal(dict(model.named_parameters())[name], dict(small.named_parameters())[name])
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import shutil
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ class Frontier:
             "--do_eval",
         ]
         if method in ("hspg", "magnitude", "random"):
-            options += ["--compress", "--target_sparsity", str(run.target)]
+            options += ["--compress", "--target_sparsity", str(run.target), "--shrink_during_training", "true"]
             options += ["--saliency", method] if method != "hspg" else []
             if taught:  # it goes on from what it would have to learn again, with its groups' saliency known at once
                 options += ["--model_name_or_path", str(self._dense(run.seed)), "--warmup_ratio", "0.05"]
@@ -150,7 +150,7 @@ class Frontier:
         """Cut the dense model, and score it as it is."""
         target = self.folder / f"{run}-cut"
         model = AutoModelForQuestionAnswering.from_pretrained(self._dense(run.seed))
-        cut_by_norm(model, run.target or 0.0).save_pretrained(target)
+        cut(model, OTOConfig(target_sparsity=run.target, saliency="magnitude")).save_pretrained(target)
         AutoTokenizer.from_pretrained(self._dense(run.seed)).save_pretrained(target)
         options = [*self.options, *self.seed_options[run.seed], "--model_name_or_path", str(target), "--do_eval"]
         try:
@@ -200,11 +200,9 @@ def norms_and_costs(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]
     return torch.cat(norms), torch.cat(costs)
 
 
-def cut_by_norm(model: PreTrainedModel, target: float) -> PreTrainedModel:
-    """The model without its groups of the least norm per weight: one step of HSPG that moves nothing else."""
-    config = OTOConfig(
-        target_sparsity=target, saliency="magnitude", warmup_ratio=0, pruning_end_ratio=1, pruning_periods=1
-    )
+def cut(model: PreTrainedModel, config: OTOConfig) -> PreTrainedModel:
+    """The model without the groups that a config selects at once: one step of HSPG that moves nothing else."""
+    config = replace(config, warmup_ratio=0, pruning_end_ratio=1, pruning_periods=1)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     HSPG(torch.optim.SGD(model.named_parameters(), lr=0.0), partition(model), config, total_steps=1).step()
