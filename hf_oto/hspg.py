@@ -45,6 +45,9 @@ _ELEMENTWISE = (
 # Copying what is left costs about a step; under torch.compile every new shape is compiled, and torch gives up after 8.
 _SHRINK_SHARE = 0.1
 
+# Entries that are acted on at once: beside what redundant groups weigh, a step holds a copy of so many.
+_PIECE = 2**17
+
 # What settings were before there was a choice: states written then do not name them.
 _OLDER_SETTINGS = {"format": 1, "shrink_during_training": False, "saliency_interval": 1}
 
@@ -439,12 +442,12 @@ class HSPG(Optimizer):
         if self.config.target_sparsity and self.schedule.starts_period(step):
             self._select(step)
         acting = self._acting_parts()
-        before = [part.read() for part in acting]
+        read = self._read(acting) if acting else None
         self.base_optimizer.step()
         if step == 0:
             self._check_state()
-        if acting:
-            self._project(acting, before, step)
+        if read:
+            self._project(acting, *read, step)
         self._keep_zero()
         self._first_group[_STEP] = step + 1
         return loss
@@ -537,7 +540,7 @@ class HSPG(Optimizer):
         if self._acting is None:
             published = self.config.target_sparsity is None
             groups = self._all_groups() if published else self._with_status(REDUNDANT)
-            self._acting = [part for _, part in self._parts(groups)]
+            self._acting = [piece for _, part in self._parts(groups) for piece in part.split(_PIECE)]
         return self._acting
 
     def _keep_zero(self) -> None:
@@ -557,21 +560,26 @@ class HSPG(Optimizer):
         if type(self.base_optimizer) in _ELEMENTWISE:
             self._settled, self._frozen = True, None
 
-    def _project(self, parts: list[Part], before: list[Tensor], step: int) -> None:
+    def _read(self, parts: list[Part]) -> tuple[list[Tensor], Tensor]:
+        """What the parts hold on this rank, and ‖x_g‖² of each group, summed up part by part while it is cached."""
+        count = self._num_groups if self.config.target_sparsity is None else self._count(REDUNDANT)
+        sq_norm_A, values = torch.zeros(count, device=self._first_group[_STATUS].device), []
+        for part in parts:
+            values.append(part.read())
+            part.add_sums(sq_norm_A, values[-1].float().square())
+        sum_over_shards(sq_norm_A, [part.parameter for part in parts])
+        return values, sq_norm_A
+
+    def _project(self, parts: list[Part], before: list[Tensor], sq_norm_A: Tensor, step: int) -> None:
         """
         Penalty, half-space test and projection, after the base optimizer's step.
 
         The trial iterate is written where it will stay, before it is known which groups are projected: beside the
-        weights there is one copy of those acted on, `before`, which this uses up, and of one part of them a second.
+        weights there is one copy of those acted on, `before`, which this uses up part by part.
         """
-        count = self._num_groups if self.config.target_sparsity is None else self._count(REDUNDANT)
-        sums_2A = torch.zeros(2, count, device=parts[0].positions_P.device)  # ‖x_g‖², ⟨x̂_g, x_g⟩
-        sq_norm_A, dot_A = sums_2A
-        for part, x in zip(parts, before, strict=True):
-            part.add_sums(sq_norm_A, x.float().square())
+        dot_A = torch.zeros_like(sq_norm_A)  # ⟨x̂_g, x_g⟩
         published = self.config.target_sparsity is None
-        if published:  # the penalty itself needs the norms
-            sum_over_shards(sq_norm_A, [part.parameter for part in parts])
+        if published:
             inverse_norm_A = sq_norm_A.sqrt().reciprocal().nan_to_num(posinf=0.0)
         for part in parts:
             x = before.pop(0)
@@ -584,16 +592,18 @@ class HSPG(Optimizer):
             part.write(trial)
             part.add_sums(dot_A, x.mul_(trial) if x.dtype == torch.float32 else trial.float() * x.float())
             del x, trial
-        sum_over_shards(dot_A if published else sums_2A, [part.parameter for part in parts])
+        sum_over_shards(dot_A, [part.parameter for part in parts])
 
+        period_ends = not published and self.schedule.steps_left(step) == 1
         zero_A = outside_half_space(dot_A, sq_norm_A, self.config.epsilon)
         if published and self.stage == "warmup":
             zero_A = sq_norm_A == 0
-        period_ends = not published and self.schedule.steps_left(step) == 1
         if period_ends:
-            zero_A = torch.ones_like(zero_A)
-        for part in parts:
-            part.write(part.read().masked_fill_(part.along(zero_A), 0))
+            for part in parts:
+                part.clear()
+        elif bool(zero_A.any()):
+            for part in parts:
+                part.write(part.read().masked_fill_(part.along(zero_A), 0))
         if published:
             self._first_group[_STATUS].masked_fill_(zero_A, ZERO)
         elif period_ends:

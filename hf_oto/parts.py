@@ -6,7 +6,7 @@ Shapes: `G` groups of one array, `A` a set of groups over several arrays, `P` po
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,14 @@ class Part:
             local(self.parameter).scatter_(1, self.positions_P.expand_as(values), values)
         else:
             local(self.parameter).index_copy_(self.dim, self.positions_P, values)
+
+    def split(self, entries: int) -> list[Part]:
+        """The same in parts of about so many entries, or of one position where that has more."""
+        own = local(self.parameter)
+        of_each = own.numel() // own.shape[self.dim] if own.numel() else 1
+        pieces = max(1, self.positions_P.numel() * of_each // entries)
+        pairs = zip(self.positions_P.tensor_split(pieces), self.owners_P.tensor_split(pieces), strict=True)
+        return [replace(self, positions_P=positions_P, owners_P=owners_P) for positions_P, owners_P in pairs]
 
     def clear(self, state: dict[Any, dict[str, Any]] | None = None) -> None:
         """Set the weights to zero, or what the optimizer keeps for each of them."""
