@@ -79,6 +79,8 @@ def check_parallelism(model: Any, args: TrainingArguments | None) -> None:
                 "`fsdp_config` with 'activation_checkpointing' is not supported by OTOTrainer: it renames the blocks. "
                 "Use `gradient_checkpointing`=True."
             )
+    elif "FSDP" in launched and os.environ.get("FSDP_VERSION", "1") != "2":  # as accelerate reads it
+        raise ValueError(NO_FSDP1)
     if args.push_to_hub and (args.fsdp or is_sharded(model)):
         raise ValueError(
             "`push_to_hub` is not supported with a sharded model. Train without it, and upload the folder that "

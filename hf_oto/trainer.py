@@ -31,7 +31,6 @@ from transformers.utils import PushInProgress, logging
 
 from .checks import (
     NO_DEEPSPEED,
-    NO_FSDP1,
     check_model,
     check_optimizer,
     check_parallelism,
@@ -135,8 +134,6 @@ class OTOTrainer(Trainer):
         """Refuse what would train something else than it says, and what only accelerate knows of."""
         if self.is_deepspeed_enabled:
             raise ValueError(NO_DEEPSPEED)
-        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
-            raise ValueError(NO_FSDP1)
         if self.args.n_gpu > 1:
             raise ValueError("DataParallel is not supported by OTOTrainer. Launch one process per GPU.")
 

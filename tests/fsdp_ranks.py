@@ -285,10 +285,9 @@ def run_refused(folder: Path) -> dict:
     refused_by_trainer("tensor parallel Trainer", parallelism_config=ParallelismConfig(tp_size=2))
     refused_by_trainer("context parallel Trainer", parallelism_config=ParallelismConfig(cp_size=2))
     refused_by_trainer("tensor parallel model", model=tensor_parallel(tiny_model(NAME), mesh["tp"]))
+    refused_by_trainer("FSDP1, by the launcher", launched)
     dist.barrier()
     assert not (folder / "never").exists()
-    dist.barrier()  # what only accelerate knows of is refused when the folder is made
-    refused_by_trainer("FSDP1, by the launcher", launched)
 
     whole = tiny_model(NAME)
     refused("gather a whole one", lambda: gather(whole))
