@@ -49,7 +49,7 @@ _SHRINK_SHARE = 0.1
 _PIECE = 2**17
 
 # What settings were before there was a choice: states written then do not name them.
-_OLDER_SETTINGS = {"format": 1, "shrink_during_training": False, "saliency_interval": 1}
+_OLDER_SETTINGS = {"format": 1, "shrink_during_training": False, "saliency_interval": 1, "keep_dropout": True}
 
 # What HSPG keeps in the first parameter group, from where `state_dict` and distributed checkpoints take it.
 _STEP, _SETTINGS, _SALIENCY, _STATUS = "hspg_step", "hspg_settings", "hspg_saliency", "hspg_status"

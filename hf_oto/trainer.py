@@ -40,7 +40,7 @@ from .checks import (
     saved_counts,
 )
 from .config import OTOConfig
-from .contexts import UNFINISHED, folder_beside
+from .contexts import UNFINISHED, dropping_modules, folder_beside
 from .distillation import IGNORED, hidden_states_loss, load_teacher, logits_loss
 from .groups import partition
 from .hspg import HSPG
@@ -266,10 +266,24 @@ class OTOTrainer(Trainer):
             loss = loss + config.hidden_state_weight * states
         return loss
 
+    def compute_loss_context_manager(self) -> Any:
+        # Trainer has just set the model to training mode. The backward pass may go through the blocks once more.
+        if self._plain_model().training and self._drops_nothing:
+            for module in dropping_modules(self._plain_model()):
+                module.eval()
+        return super().compute_loss_context_manager()
+
+    @property
+    def _drops_nothing(self) -> bool:
+        pruned = self.hspg is not None and bool(self.oto_config.target_sparsity) and self.hspg.stage != "warmup"
+        return pruned and not self.oto_config.keep_dropout
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._drops_nothing:
+            model.train()
         if not math.isfinite(float(loss)):
             raise FloatingPointError(
                 f"The loss is {float(loss)} at step {self.state.global_step}. Training stops before it spoils the "

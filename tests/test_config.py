@@ -32,6 +32,7 @@ VALID = st.builds(
     min_neurons=st.integers(0, 4096),
     round_to=st.integers(1, 64),
     shrink_during_training=st.booleans(),
+    keep_dropout=st.booleans(),
 )
 
 
@@ -83,7 +84,8 @@ def test_bad_value_is_refused(name, value, rule):
         ],
         ("structures", "heads", "`structures` must be a list of names, got the string 'heads'."),
         *[
-            ("shrink_during_training", x, f"`shrink_during_training` must be True or False, got {x!r}.")
+            (name, x, f"`{name}` must be True or False, got {x!r}.")
+            for name in ("shrink_during_training", "keep_dropout")
             for x in (1, "yes", None)
         ],
     ],

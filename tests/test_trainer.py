@@ -57,6 +57,21 @@ def make(folder, name=ONE_EACH[0], config=CONFIG, model=None, kind=OTOTrainer, e
     )
 
 
+class Dropping(TrainerCallback):
+    """Whether the model dropped out at every step: in its embeddings, and in a block's attention."""
+
+    def __init__(self, model):
+        self.seen, self.now = [], []
+        for path in ("embeddings.dropout", "encoder.layer.1.attention.self"):
+            model.bert.get_submodule(path).register_forward_hook(lambda module, *_: self.now.append(module.training))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.now.clear()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seen.append(set(self.now))
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step
@@ -206,6 +221,26 @@ def test_with_target_zero_it_is_trainer(tmp_path):
     pruned = make(tmp_path)
     pruned.train()
     assert not same_weights(pruned.model, plain.model)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "until"),
+    [
+        (CONFIG, {}, 4),
+        (CONFIG, {"gradient_checkpointing": True}, 4),  # whose backward passes go through the blocks again
+        (OTOConfig(keep_dropout=True), {}, STEPS),
+        (OTOConfig(target_sparsity=0.0), {}, STEPS),
+        (OTOConfig(target_sparsity=None), {}, STEPS),
+    ],
+)
+def test_nothing_is_dropped_out_once_groups_are_redundant(config, options, until, tmp_path):
+    trainer = make(tmp_path, config=config, **options)
+    trainer.add_callback(dropping := Dropping(trainer.model))
+    trainer.train()
+    assert dropping.seen == [{True}] * until + [{False}] * (STEPS - until)
+    assert all(module.training for module in trainer.model.modules())
+    trainer.evaluate()
+    assert dropping.now[-1] is False
 
 
 def test_weight_decay_leaves_out_what_trainer_leaves_out(tmp_path):
