@@ -20,6 +20,7 @@ def test_a_tiny_benchmark_measures_every_stage(tmp_path, capsys):
     assert 0.4 < run["macs"] < 0.6  # the model that was timed did reach its target
     ratios = [stage["ratio"] for stage in numbers["optimizer_step"].values()]
     ratios += [run["run"], run["step_before_shrinking"], run["step_at_the_target"], numbers["once"]["compress_ratio"]]
+    ratios += [numbers["taught_step"]]
     assert all(math.isfinite(ratio) and ratio > 0 for ratio in ratios)
     assert 0.5 < numbers["memory"]["ratio"] < 2 and numbers["memory"]["dense"] > 10**8
     memory, vector = numbers["optimizer_memory"], 4 * 2 * (2 + 512)  # bytes of a number for every group

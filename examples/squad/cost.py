@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForQuestionAnswering
 
 from hf_oto import HSPG, OTOConfig, compress, partition, shrink
+from hf_oto.distillation import logits_loss
 
 SIZES = {
     "tiny": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512},
@@ -146,6 +147,35 @@ def whole_runs(options: argparse.Namespace, target: float) -> dict[str, float]:
         "step_at_the_target": statistics.median(ours / theirs for theirs, ours, _ in times[-len(times) // 4 :]),
         "macs": pruning.metrics()["removed_macs"],
     }
+
+
+def taught_step(options: argparse.Namespace) -> float:
+    """A step that learns from a teacher of the model's own size over one that does not, by the median of pairs."""
+    student, teacher = (make_model(options.size, options.device) for _ in range(2))
+    teacher.eval()
+    optimizer = AdamW(student.named_parameters(), **RATES)
+
+    def step(inputs: dict[str, torch.Tensor], learns: bool) -> None:
+        with torch.autocast(options.device.partition(":")[0], torch.bfloat16, enabled=options.bf16):
+            outputs = student(**inputs)
+            loss = outputs.loss
+            if learns:
+                with torch.no_grad():
+                    expected = teacher(input_ids=inputs["input_ids"])
+                loss = 0.1 * loss + 0.9 * logits_loss(outputs, expected, temperature=2.0)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    ratios = []
+    for number in range(max(4, options.steps // 6)):
+        inputs = batch(options.batch_size, options.length, options.device)
+        order = (True, False) if number % 2 else (False, True)
+        times = {
+            learns: seconds(lambda own=learns, given=inputs: step(given, own), options.device) for learns in order
+        }
+        ratios.append(times[True] / times[False])
+    return statistics.median(ratios[1:])  # the first allocates
 
 
 class LiveBytes(TorchDispatchMode):
@@ -275,6 +305,7 @@ def result_table(numbers: dict[str, Any]) -> Table:
         table.add_row(f"whole step, {float(target):.0%}, before shrinking", f"{run['step_before_shrinking']:.2f}")
         table.add_row(f"whole step, {float(target):.0%}, at the target", f"{run['step_at_the_target']:.2f}")
         table.add_row(f"whole run, {float(target):.0%}", f"{run['run']:.2f}")
+    table.add_row("whole step, with a teacher of the same size", f"{numbers['taught_step']:.2f}")
     redundant = numbers["optimizer_memory"]["largest"]["redundant"]
     for stage in STAGES:
         peak = numbers["optimizer_memory"][stage]["peak"]
@@ -298,6 +329,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "optimizer_step": optimizer_steps(options),
         "runs": {str(target): whole_runs(options, target) for target in options.targets},
+        "taught_step": taught_step(options),
         "memory": memory(options),
         "optimizer_memory": optimizer_memory(options),
         "once": once(options),
