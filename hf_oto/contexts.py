@@ -1,4 +1,4 @@
-"""Context managers of several rooms: files that appear whole or not at all, models that evaluate for a while."""
+"""Context managers of several rooms: files that appear whole or not at all; another mode or number of threads."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
+import torch
 from torch import nn
 
 UNFINISHED = ".unfinished-"  # and the number of the process that writes
@@ -59,3 +60,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def using_threads(number: int | None) -> Iterator[int]:
+    """So many threads of one operation, torch's own number if `None`; afterwards those of before. Gives the number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield number or before
+    finally:
+        torch.set_num_threads(before)
