@@ -56,6 +56,12 @@ _STEP, _SETTINGS, _SALIENCY, _STATUS = "hspg_step", "hspg_settings", "hspg_salie
 _FORMAT = 1
 
 
+def _cut(value: object) -> str:
+    """A setting in words, a whole table by its beginning."""
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
 def penalized(step: Tensor, before: Tensor, factor: Tensor | float) -> Tensor:
     """The trial iterate x̂_g = x⁺_g − c_g·x_g, in place of x⁺, the base optimizer's step.
 
@@ -205,7 +211,9 @@ class HSPG(Optimizer):
                 f"format {_FORMAT}. Resume with the version that the run began with."
             )
         if changed := sorted(name for name in mine.keys() | others.keys() if mine.get(name) != others.get(name)):
-            listed = ", ".join(f"{name}: {others.get(name)} saved, {mine.get(name)} now" for name in changed)
+            listed = ", ".join(
+                f"{name}: {_cut(others.get(name))} saved, {_cut(mine.get(name))} now" for name in changed
+            )
             raise ValueError(
                 f"`state_dict` is of a run with other settings ({listed}). Resume with those it began with."
             )

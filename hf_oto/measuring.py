@@ -124,6 +124,8 @@ def _check(model: PreTrainedModel, **numbers: int | None) -> Partition:
         raise ValueError("`model` is pruned already, and the table is that of the dense model: pass that.")
     if is_sharded(model) or model.device.type not in ("cpu", "cuda"):
         raise ValueError(f"`model` must be whole, with its weights on the CPU or a CUDA device, got {model.device}.")
+    if not groups.num_layers:
+        raise ValueError("`model` has no blocks, so there is nothing to time.")
     longest = longest_input(model)
     assert numbers["length"] is not None
     if numbers["length"] > longest:

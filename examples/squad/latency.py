@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What a target in latency gets: a table of a model of random weights is measured, the model is cut to each target in
-three ways, and the pruned one is timed beside the dense one, their forwards taking turns. `got` is the share of the
-dense model's time that is gone, the median over the pairs of forwards.
+three ways, and the small models are timed beside the dense one, their forwards taking turns. `got` is the share of
+the dense model's time that is gone, the median over the turns.
 """
 
 import argparse
@@ -38,20 +38,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 @torch.inference_mode()
-def removed_time(dense: PreTrainedModel, pruned: PreTrainedModel, options: argparse.Namespace) -> float:
-    """Share of the dense model's time that the pruned one does not take."""
+def removed_time(dense: PreTrainedModel, pruned: list[PreTrainedModel], options: argparse.Namespace) -> list[float]:
+    """Share of the dense model's time that each pruned one does not take. All of them take turns."""
     clock: Callable[[], int] = time.thread_time_ns if options.cpu_time else time.perf_counter_ns
     inputs: dict[str, Any] = {"input_ids": torch.randint(1000, 30000, (options.batch_size, options.length))}
-    shares = []
+    models = [dense, *pruned]
+    shares: list[list[float]] = [[] for _ in pruned]
     for repeat in range(-2, options.repeats):
-        took = {}
-        for model in (dense, pruned) if repeat % 2 else (pruned, dense):
+        took = [0] * len(models)
+        for index in range(len(models)) if repeat % 2 else reversed(range(len(models))):
             start = clock()
-            model(**inputs)
-            took[model] = clock() - start
+            models[index](**inputs)
+            took[index] = clock() - start
         if repeat >= 0:
-            shares.append(1 - took[pruned] / took[dense])
-    return statistics.median(shares)
+            for found, own in zip(shares, took[1:], strict=True):
+                found.append(1 - own / took[0])
+    return [statistics.median(found) for found in shares]
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -73,11 +75,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     rows = []
     for target in options.targets:
         config = OTOConfig(target_sparsity=target, target_unit="latency", latency_table=table)
-        for way, counts in target_examples(groups, config).items():
+        cut = target_examples(groups, config)
+        models = []
+        for counts in cut.values():
             kept = [torch.arange(array.count) < count for array, count in zip(groups.arrays, counts, strict=True)]
-            pruned = keep_groups(model, groups, kept).eval()
-            row = {"asked": target, "way": way, "by_table": removed_cost(groups, config, counts) / table.total}
-            rows.append({**row, "got": removed_time(model, pruned, options)})
+            models.append(keep_groups(model, groups, kept).eval())
+        for (way, counts), got in zip(cut.items(), removed_time(model, models, options), strict=True):
+            by_table = removed_cost(groups, config, counts) / table.total
+            rows.append({"asked": target, "way": way, "by_table": by_table, "got": got})
     shown = Table(title=f"{options.size}: {table.conditions}; dense {table.total / 1e6:.2f} ms", title_justify="left")
     for column in ("asked", "cut", "by the table", "got"):
         shown.add_column(column)
