@@ -46,7 +46,7 @@ def measure_latency(
     machine down slows all alike. Of every size the median counts. A block's time is taken to be that of its heads plus
     that of its neurons plus a rest, which is found by least squares; what is left of a forward is never pruned.
 
-    It takes about `1.5 * (repeats + warmup)` forwards of the dense model, and memory for a few copies of it.
+    It takes about `(repeats + warmup)` times 15 to 25 dense blocks, and as much memory as these have weights.
 
     Args:
         model ([`PreTrainedModel`]):
@@ -159,7 +159,13 @@ def _sizes(groups: Partition) -> list[list[tuple[int, int]]]:
 def _of_sizes(model: PreTrainedModel, groups: Partition, sizes: Sequence[tuple[int, int]]) -> PreTrainedModel:
     counts = [count for size in sizes for count in size]
     kept = [torch.arange(array.count) < count for array, count in zip(groups.arrays, counts, strict=True)]
-    return keep_groups(model, groups, kept).eval()
+    cut = keep_groups(model, groups, kept).eval()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    owned = {name for array in groups.arrays for name, _ in array.members}
+    for name in set(dict(cut.named_parameters(remove_duplicate=False))) - owned:  # such as embeddings: no copies
+        path, _, leaf = name.rpartition(".")
+        setattr(cut.get_submodule(path), leaf, parameters[name])
+    return cut
 
 
 class _Stopwatch:
