@@ -142,8 +142,8 @@ def _points(dense: int, unit: int) -> list[int]:
 def _sizes(groups: Partition) -> list[list[tuple[int, int]]]:
     """
     (heads, neurons) of the blocks to be timed, model by model: each count beside all of the other kind, and both kinds
-    cut by about the same share. Dense blocks fill up the last model. A model's blocks are about equally large, so that
-    each finds the caches as it would in a model that is pruned so far.
+    cut by about the same share. Dense blocks fill up the models. Each has sizes of all kinds: in one of small blocks
+    alone they would find the caches emptier of others than beside a dense model.
     """
     heads, neurons = _points(groups.dense_heads, 1), _points(groups.dense_neurons, _UNIT)
     every = (groups.dense_heads, groups.dense_neurons)
@@ -152,8 +152,8 @@ def _sizes(groups: Partition) -> list[list[tuple[int, int]]]:
         sizes.append((heads[min(round(index * (len(heads) - 1) / (len(neurons) - 1)), len(heads) - 2)], count))
     layers = groups.num_layers
     sizes += [every] * (2 + -(len(sizes) + 2) % layers)
-    sizes.sort(key=lambda size: size[0] / every[0] + size[1] / every[1])
-    return [sizes[first : first + layers] for first in range(0, len(sizes), layers)]
+    models = len(sizes) // layers
+    return [sizes[first::models] for first in range(models)]
 
 
 def _of_sizes(model: PreTrainedModel, groups: Partition, sizes: Sequence[tuple[int, int]]) -> PreTrainedModel:
