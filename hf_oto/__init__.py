@@ -4,6 +4,7 @@ from .answering import QuestionAnswerer
 from .config import OTOConfig
 from .groups import partition
 from .hspg import HSPG
+from .measuring import measure_latency
 from .report import plot_run, summarize
 from .surgery import compress, gather, shrink
 from .trainer import OTOTrainer
@@ -15,6 +16,7 @@ __all__ = [
     "QuestionAnswerer",
     "compress",
     "gather",
+    "measure_latency",
     "partition",
     "plot_run",
     "shrink",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .contexts import using_threads
 from .exporting import check_packages, example_batch, export_onnx, inference_session, longest_input
 from .report import summarize
 
@@ -130,7 +131,7 @@ def _measurements(
 ) -> Iterator[Measurement]:
     macs = {length: [summarize(model, sequence_length=length).macs for model in models] for length in lengths}
     with ExitStack() as stack:
-        number = stack.enter_context(_threads(threads))
+        number = stack.enter_context(using_threads(threads))
         for model in models:
             model.eval()
         for backend in backends:
@@ -188,13 +189,3 @@ def _timed(runs: Sequence[Run], batches: Sequence[dict[str, Tensor]], repeats: i
 def _latency(times: Sequence[float]) -> Latency:
     low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
     return Latency(statistics.median(times), low, high)
-
-
-@contextmanager
-def _threads(number: int | None) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield number or before
-    finally:
-        torch.set_num_threads(before)

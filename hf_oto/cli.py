@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast
 
@@ -29,6 +30,8 @@ from .config import OTOConfig
 from .contexts import folder_beside
 from .exporting import check_packages, export_onnx
 from .groups import partition
+from .latency import LatencyTable
+from .measuring import measure_latency
 from .report import markdown_table, plain_text, summarize, summarize_kept
 from .scoring import read_questions, squad_scores
 from .surgery import compress as cut
@@ -108,8 +111,11 @@ def _main(
 def inspect(
     model: ModelArgument,
     target: Annotated[float | None, typer.Option(help="Show what this `target_sparsity` would leave.")] = None,
-    target_unit: Annotated[str, typer.Option(help="The target's currency: params, macs or groups.")] = "params",
+    target_unit: Annotated[str, typer.Option(help="The target's currency: params, macs, groups, latency.")] = "params",
     sequence_length: Annotated[int, typer.Option(help="Tokens of the sequence for which MACs are counted.")] = 384,
+    latency_table: Annotated[
+        Path | None, typer.Option(help="What `hf-oto latency` wrote: for the currency latency.")
+    ] = None,
     structures: Annotated[list[str] | None, typer.Option(help="heads or neurons; repeat it. Both by default.")] = None,
     min_heads: Annotated[int, typer.Option(help="Heads that every block keeps at least.")] = 1,
     min_neurons: Annotated[int, typer.Option(help="Neurons that every block keeps at least.")] = 8,
@@ -130,22 +136,22 @@ def inspect(
         target_sparsity=target,
         target_unit=target_unit,
         macs_sequence_length=sequence_length,
+        latency_table=None if latency_table is None else LatencyTable.load(latency_table),
         structures=tuple(structures or ("heads", "neurons")),
         min_heads=min_heads,
         min_neurons=min_neurons,
         round_to=round_to,
     )
+    options: dict[str, Any] = {"sequence_length": sequence_length, "latency_table": settings.latency_table}
     config = _config(model)
     pruned = config.model_type.startswith(PRUNED_PREFIX)
     in_training = not pruned and all(Path(model, name).is_file() for name in (OTO_CONFIG_NAME, TRAINER_STATE))
     if weights or in_training:
         found: PreTrainedModel = _load(model, config)
-        summary = summarize(found, sequence_length=sequence_length)
+        summary = summarize(found, **options)
     else:
         found = _empty(config)
-        summary = summarize_kept(
-            found, [array.count for array in partition(found).arrays], sequence_length=sequence_length
-        )
+        summary = summarize_kept(found, [array.count for array in partition(found).arrays], **options)
     groups = partition(found)
     numbers: dict[str, Any] = {
         "model": model,
@@ -166,8 +172,7 @@ def inspect(
         limits = reach(groups, settings)
         budget = allowance(target, limits.total)
         examples = {
-            name: summarize_kept(found, kept, sequence_length=sequence_length)
-            for name, kept in target_examples(groups, settings).items()
+            name: summarize_kept(found, kept, **options) for name, kept in target_examples(groups, settings).items()
         }
         numbers["target"] = {
             **settings.to_dict(),
@@ -179,12 +184,15 @@ def inspect(
             "leaves": {name: example.to_dict() for name, example in examples.items()},
         }
         share = f"{limits.reachable / limits.total:.2%}" if limits.total else "nothing"
+        currency = "ns of latency" if target_unit == "latency" else target_unit
         parts.append(
-            f"A target of {target} removes at most {budget:,} of {limits.total:,} {target_unit}. The floors "
+            f"A target of {target} removes at most {budget:,} of {limits.total:,} {currency}. The floors "
             f"(min_heads {min_heads}, min_neurons {min_neurons}, round_to {round_to}) let {share} go. Training finds "
             f"which groups go; the blocks would keep, if it were"
         )
-        table = markdown_table("", "heads", "neurons", "parameters", "share", "MACs", "share", "all parameters")
+        timed = ("latency, ns", "share") if settings.latency_table else ()
+        columns = ("heads", "neurons", "parameters", "share", "MACs", "share", *timed, "all parameters")
+        table = markdown_table("", *columns)
         for name, example in examples.items():
             table.add_row(
                 name,
@@ -194,6 +202,7 @@ def inspect(
                 f"{example.prunable_ratio:.1%}",
                 f"{example.macs:,}",
                 f"{example.macs_ratio:.1%}",
+                *((f"{example.latency:,}", f"{example.latency_ratio:.1%}") if timed else ()),
                 f"{example.parameters:,}",
             )
         parts.append(table)
@@ -293,6 +302,58 @@ def bench(
 
 
 @app.command()
+def latency(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The dense model: a folder, or of the Hub.")],
+    out: Annotated[Path, typer.Argument(metavar="TABLE.json", help="A file that does not exist.")],
+    batch_size: Annotated[int, typer.Option(help="Sequences of a batch.")] = 1,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128,
+    threads: Annotated[int | None, typer.Option(help="Threads of one operation. By default torch's number.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    repeats: Annotated[int, typer.Option(help="Forwards of every size that count.")] = 15,
+    warmup: Annotated[int, typer.Option(help="Forwards before them.")] = 2,
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="Count the processor's time, on a busy machine; with one thread only.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """
+    Measure what heads and neurons take on this device, for a target in latency.
+
+    The table is for OTOConfig(target_unit="latency", latency_table="TABLE.json"), and for inspect.
+
+    Example: hf-oto latency dense table.json --batch-size 1 --length 384 --threads 1
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists already. Choose another file, or remove it.")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"TABLE.json: there is no folder {out.parent}. Make it first.")
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in dtypes:
+        raise ValueError(f"`dtype` must be one of {', '.join(dtypes)}, got {dtype!r}.")
+    if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
+        raise ValueError(f"`device` must be cpu, or cuda where there is one, got {device!r}.")
+    found: Any = _load(model, _config(model), dtype=dtypes[dtype])
+    table = measure_latency(
+        found.to(device),
+        batch_size=batch_size,
+        length=length,
+        threads=threads,
+        repeats=repeats,
+        warmup=warmup,
+        cpu_time=cpu_time,
+    )
+    table.save(out)
+    shown = markdown_table("heads of a block", "ms", "its neurons", "ms")
+    for left, right in zip_longest(table.heads, table.neurons):
+        shown.add_row(*(cell for point in (left, right) for cell in _point(point)))
+    kept = table.num_layers * (table.heads[-1][1] + table.neurons[-1][1]) / table.total
+    text = f"{out}: {table.conditions}. The dense model takes {table.total / 1e6:.2f} ms, {kept:.1%} of it for heads "
+    text += "and neurons: no target reaches beyond."
+    _show({"out": str(out), **table.to_dict()}, [text, shown], as_json)
+
+
+@app.command()
 def export(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="A file that does not exist.")],
@@ -373,6 +434,10 @@ def answer(
         for asked, found in zip(question, answers, strict=True)
     ]
     _show({"model": model, "questions": rows}, lines, as_json)
+
+
+def _point(point: tuple[int, int] | None) -> tuple[str, str]:
+    return ("", "") if point is None else (f"{point[0]:,}", f"{point[1] / 1e6:.3f}")
 
 
 def _config(name: str) -> PreTrainedConfig:

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .latency import LatencyTable
+
 CONFIG_NAME = "oto_config.json"
 
-TARGET_UNITS = ("params", "macs", "groups")
+TARGET_UNITS = ("params", "macs", "groups", "latency")
 STRUCTURES = ("heads", "neurons")
 SALIENCIES = ("fisher", "taylor", "magnitude", "random")
 
@@ -29,9 +31,14 @@ class OTOConfig:
             task heads do not count. `None` runs HSPG as published: `lmbda`, `epsilon` and `warmup_ratio` decide.
         target_unit (`str`, *optional*, defaults to `"params"`):
             The currency of the target: `"params"` (weights), `"macs"` (multiply-accumulates of one sequence of
-            `macs_sequence_length` tokens) or `"groups"` (zero-invariant groups, every one counting 1).
+            `macs_sequence_length` tokens), `"groups"` (zero-invariant groups, every one counting 1) or `"latency"`
+            (time by `latency_table`). The last one's share is of the whole model's time, that of what is never pruned
+            included: at 0.5 a forward takes half as long as the dense model's, as the table has it.
         macs_sequence_length (`int`, *optional*, defaults to 384):
             Tokens of the sequence for which MACs are counted.
+        latency_table ([`~hf_oto.latency.LatencyTable`], *optional*):
+            What [`~hf_oto.measure_latency`] found on the device that counts; also its dict, or the path of its JSON
+            file. For `target_unit="latency"`, which needs it, and for no other unit.
         structures (`tuple[str, ...]`, *optional*, defaults to `("heads", "neurons")`):
             Which structures may be removed.
         warmup_ratio (`float`, *optional*, defaults to 0.15):
@@ -86,6 +93,7 @@ class OTOConfig:
     target_sparsity: float | None = 0.5
     target_unit: str = "params"
     macs_sequence_length: int = 384
+    latency_table: LatencyTable | None = None
     structures: tuple[str, ...] = STRUCTURES
     warmup_ratio: float = 0.15
     pruning_end_ratio: float = 0.6
@@ -109,6 +117,13 @@ class OTOConfig:
             raise TypeError(f"`structures` must be a list of names, got the string {self.structures!r}.")
         object.__setattr__(self, "structures", tuple(self.structures))
         _check_choice("target_unit", self.target_unit, TARGET_UNITS)
+        if self.latency_table is not None:
+            object.__setattr__(self, "latency_table", LatencyTable.of(self.latency_table))
+        if (self.target_unit == "latency") != (self.latency_table is not None):
+            raise ValueError(
+                f'`target_unit`="latency" and `latency_table` need each other, got {self.target_unit!r} and '
+                f"{'a' if self.latency_table else 'no'} table. `hf_oto.measure_latency` makes one."
+            )
         _check_choice("saliency", self.saliency, SALIENCIES)
         for structure in self.structures:
             _check_choice("structures", structure, STRUCTURES)
@@ -143,7 +158,8 @@ class OTOConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
-        return {**dataclasses.asdict(self), "structures": list(self.structures)}
+        table = None if self.latency_table is None else self.latency_table.to_dict()
+        return {**dataclasses.asdict(self), "structures": list(self.structures), "latency_table": table}
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> OTOConfig:

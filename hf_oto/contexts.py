@@ -1,4 +1,4 @@
-"""Context managers of several rooms: files that appear whole or not at all, models that evaluate for a while."""
+"""Context managers of several rooms: files that appear whole or not at all; another mode or number of threads."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -74,3 +75,14 @@ def dropping_modules(model: PreTrainedModel) -> list[nn.Module]:
     blocks: Any = model.base_model.get_submodule(spec.blocks)
     attentions = {block.get_submodule(spec.attention) for block in blocks}
     return [module for module in model.modules() if isinstance(module, nn.Dropout) or module in attentions]
+
+
+@contextmanager
+def using_threads(number: int | None) -> Iterator[int]:
+    """So many threads of one operation, torch's own number if `None`; afterwards those of before. Gives the number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield number or before
+    finally:
+        torch.set_num_threads(before)

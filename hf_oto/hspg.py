@@ -49,7 +49,13 @@ _SHRINK_SHARE = 0.1
 _PIECE = 2**17
 
 # What settings were before there was a choice: states written then do not name them.
-_OLDER_SETTINGS = {"format": 1, "shrink_during_training": False, "saliency_interval": 1, "keep_dropout": True}
+_OLDER_SETTINGS = {
+    "format": 1,
+    "shrink_during_training": False,
+    "saliency_interval": 1,
+    "keep_dropout": True,
+    "latency_table": None,
+}
 
 # What HSPG keeps in the first parameter group, from where `state_dict` and distributed checkpoints take it.
 _STEP, _SETTINGS, _SALIENCY, _STATUS = "hspg_step", "hspg_settings", "hspg_saliency", "hspg_status"
@@ -57,6 +63,12 @@ _STEP, _SETTINGS, _SALIENCY, _STATUS = "hspg_step", "hspg_settings", "hspg_salie
 # What these mean, and how a run goes on from them. A version that reads an older one as it was meant counts up and
 # lists both; one that cannot refuses it.
 _FORMAT = 1
+
+
+def _cut(value: object) -> str:
+    """A setting in words, a whole table by its beginning."""
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def penalized(step: Tensor, before: Tensor, factor: Tensor | float) -> Tensor:
@@ -208,7 +220,9 @@ class HSPG(Optimizer):
                 f"format {_FORMAT}. Resume with the version that the run began with."
             )
         if changed := sorted(name for name in mine.keys() | others.keys() if mine.get(name) != others.get(name)):
-            listed = ", ".join(f"{name}: {others.get(name)} saved, {mine.get(name)} now" for name in changed)
+            listed = ", ".join(
+                f"{name}: {_cut(others.get(name))} saved, {_cut(mine.get(name))} now" for name in changed
+            )
             raise ValueError(
                 f"`state_dict` is of a run with other settings ({listed}). Resume with those it began with."
             )
@@ -272,6 +286,7 @@ class HSPG(Optimizer):
         Returns:
             `dict[str, float]`: `group_sparsity`, `removed_params` and `removed_macs` are shares in [0, 1] of the
             chosen structures of the dense architecture; `heads` and `neurons` count what the whole model has left.
+            With the unit `"latency"` also `removed_latency`, the share of the whole model's time by the table.
         """
         left = {kind: sum(self.partition.counts(kind)) for kind in ("heads", "neurons")}
         for (_, kind), mask in self.zero_masks().items():
@@ -280,7 +295,19 @@ class HSPG(Optimizer):
         for name, unit in (("group_sparsity", "groups"), ("removed_params", "params"), ("removed_macs", "macs")):
             kept = sum(left[kind] * self._cost(kind, unit) for kind in self.config.structures)
             metrics[name] = 1 - kept / budget.dense_cost(self.partition, self.config, unit)
+        if self.config.target_unit == "latency":
+            alive_G = self._first_group[_STATUS].cpu() != ZERO if _STATUS in self._first_group else None
+            metrics["removed_latency"] = self._removed(alive_G) / budget.dense_cost(self.partition, self.config)
         return {**metrics, **left}
+
+    def _removed(self, alive_G: Tensor | None = None) -> int:
+        """Cost, in the target's unit, of what has been cut out and of those that are there and not alive."""
+        removed = budget.reach(self.partition, self.config).removed
+        if alive_G is not None:
+            costs = budget.costs_of(self.partition, self._arrays, self.config)
+            for cost_g, alive_g in zip(costs, alive_G.split([array.count for array in self._arrays]), strict=True):
+                removed += int(cost_g[: int((~alive_g).sum())].sum())
+        return removed
 
     def _cost(self, kind: str, unit: str) -> int:
         return budget.group_cost(self.partition, kind, unit, self.config.macs_sequence_length)
@@ -401,7 +428,7 @@ class HSPG(Optimizer):
         return self.schedule.observed(self.steps_done, self.config.saliency_interval)
 
     def _saliency(self, step: int, cost_G: Tensor) -> Tensor:
-        """Every group's score, not yet divided by its cost."""
+        """Every group's score, not yet divided by its cost, of which `cost_G` is the mean in its array."""
         gathered_G = self._first_group[_SALIENCY]
         if self.config.saliency == "magnitude":
             return self._squared_norms()
@@ -501,17 +528,18 @@ class HSPG(Optimizer):
         """Make the groups of the lowest saliency per cost redundant, for what the period has to remove."""
         status_G = self._first_group[_STATUS]
         counts = torch.tensor([array.count for array in self._arrays])
-        costs = torch.tensor([self._cost(array.kind, self.config.target_unit) for array in self._arrays])
+        costs = budget.costs_of(self.partition, self._arrays, self.config)
         limits = torch.tensor([budget.floor_and_multiple(array.kind, self.config) for array in self._arrays])
-        cost_G, alive_G = costs.repeat_interleave(counts), status_G.cpu() == KEPT
-        saliency_G = self._saliency(step, cost_G)
+        cost_G, alive_G = torch.cat(costs), status_G.cpu() == KEPT
+        usual_G = torch.cat([cost_g.double().mean().float().expand(len(cost_g)) for cost_g in costs])
+        saliency_G = self._saliency(step, usual_G)
         if not bool(saliency_G.isfinite().all()):
             raise FloatingPointError(
                 f"The saliency is not finite at step {step}: gradients or weights are NaN or infinite. Lower the "
                 f"learning rate and go on from the last checkpoint."
             )
         total = budget.dense_cost(self.partition, self.config)
-        removed = total - int(cost_G[alive_G].sum())
+        removed = self._removed(alive_G)
         chosen_G = budget.select_groups(
             saliency_G.cpu(),
             cost_G,

@@ -21,8 +21,10 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from .architectures import BLOCK_SPECS
-from .budget import group_cost
+from .budget import check_table, group_cost, removed_cost
+from .config import OTOConfig
 from .groups import Partition, partition, zero_groups
+from .latency import LatencyTable
 from .parts import is_sharded
 from .pictures import FORMATS, check_format, layers_figure, run_figure, save_figure, training_entries
 
@@ -47,6 +49,9 @@ class Summary:
         macs, dense_macs (`int`):
             Multiply-accumulates of the heads and neurons for one sequence: kept, before. What is never pruned
             (embeddings, LayerNorms, task heads) is not in it, as in [`OTOConfig`]'s target.
+        latency, dense_latency (`int`, *optional*):
+            Nanoseconds of a forward by a table of latencies: of this model, of the dense one. `None` without a table.
+        latency_conditions (`str`, *optional*): Where and how the table was measured.
         parameters (`int`, *optional*): All parameters of the cut model, a tied one once.
         parameters_without_embeddings (`int`, *optional*): Those without the base model's `embeddings` module.
         encoder_parameters (`int`, *optional*): Those in the transformer blocks, LayerNorms and all biases included.
@@ -57,7 +62,7 @@ class Summary:
             Which heads every block keeps, counted from 0. `None` where that is not known: a model that heads were cut
             out of has only their number. Two summaries that differ in nothing else are equal.
 
-    The optional ones are `None` in the summary of a [`Partition`], which knows the blocks only.
+    Those of a whole model are `None` in the summary of a [`Partition`], which knows the blocks only.
     """
 
     model_type: str
@@ -70,6 +75,9 @@ class Summary:
     dense_prunable_parameters: int
     macs: int
     dense_macs: int
+    latency: int | None = None
+    dense_latency: int | None = None
+    latency_conditions: str | None = None
     parameters: int | None = None
     parameters_without_embeddings: int | None = None
     encoder_parameters: int | None = None
@@ -86,11 +94,17 @@ class Summary:
         """Share of the MACs that is kept."""
         return ratio(self.macs, self.dense_macs)
 
+    @property
+    def latency_ratio(self) -> float | None:
+        """Share of the dense model's time that the table says is taken; `None` without a table."""
+        return None if self.latency is None or self.dense_latency is None else ratio(self.latency, self.dense_latency)
+
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, and both ratios, as plain JSON values."""
+        """All numbers, and the ratios, as plain JSON values."""
         numbers = {**dataclasses.asdict(self), "heads": list(self.heads), "neurons": list(self.neurons)}
         numbers["kept_heads"] = None if self.kept_heads is None else [list(kept) for kept in self.kept_heads]
-        return {**numbers, "prunable_ratio": self.prunable_ratio, "macs_ratio": self.macs_ratio}
+        ratios = {name: getattr(self, name) for name in ("prunable_ratio", "macs_ratio", "latency_ratio")}
+        return {**numbers, **ratios}
 
     def table(self) -> Group:
         """Two tables for rich: what every layer keeps, and the sizes. In ASCII, and valid Markdown."""
@@ -110,6 +124,8 @@ class Summary:
             (f"MACs, {self.sequence_length} tokens", self.macs, self.dense_macs),
             *((name, kept, kept + removed) for name, kept in totals if kept is not None),
         ]
+        if self.latency is not None and self.dense_latency is not None:
+            rows.insert(2, ("latency by the table, ns", self.latency, self.dense_latency))
         for name, kept, dense in rows:
             sizes.add_row(name, f"{kept:,}", f"{dense:,}", f"{ratio(kept, dense):.1%}")
         if self.file_size is not None:
@@ -183,7 +199,12 @@ def save_figures(found: Mapping[str, Any], folder: str | os.PathLike) -> None:
             save_figure(figure, Path(folder, f"{name}.{form}"))
 
 
-def summarize(model_or_partition: PreTrainedModel | Partition, *, sequence_length: int = 384) -> Summary:
+def summarize(
+    model_or_partition: PreTrainedModel | Partition,
+    *,
+    sequence_length: int = 384,
+    latency_table: LatencyTable | None = None,
+) -> Summary:
     """
     Sum up what a model has kept.
 
@@ -193,12 +214,15 @@ def summarize(model_or_partition: PreTrainedModel | Partition, *, sequence_lengt
             Or a partition, whose groups all count as kept; what only a model knows is then `None`.
         sequence_length (`int`, *optional*, defaults to 384):
             Tokens of the sequence for which MACs are counted.
+        latency_table ([`~hf_oto.latency.LatencyTable`], *optional*):
+            Says what a forward takes.
 
     Returns:
         [`Summary`]
 
     Raises:
-        `ValueError`: The model is not supported, is sharded or holds no weights, or `sequence_length` is below 1.
+        `ValueError`: The model is not supported, is sharded or holds no weights, `sequence_length` is below 1, or
+            `latency_table` is of another architecture.
     """
     if isinstance(model_or_partition, Partition):
         kept = [torch.ones(array.count, dtype=torch.bool) for array in model_or_partition.arrays]
@@ -212,7 +236,12 @@ def summarize(model_or_partition: PreTrainedModel | Partition, *, sequence_lengt
             raise ValueError("`model` must hold its weights, got the meta device's. Sum up its `partition` instead.")
         arrays = partition(model_or_partition).arrays
         kept = [~zero_groups(array, parameters) for array in arrays]
-    summary = summarize_kept(model_or_partition, [int(keep.sum()) for keep in kept], sequence_length=sequence_length)
+    summary = summarize_kept(
+        model_or_partition,
+        [int(keep.sum()) for keep in kept],
+        sequence_length=sequence_length,
+        latency_table=latency_table,
+    )
     heads = kept[::2]
     if any(len(keep) < summary.dense_heads for keep in heads):
         return summary
@@ -220,7 +249,11 @@ def summarize(model_or_partition: PreTrainedModel | Partition, *, sequence_lengt
 
 
 def summarize_kept(
-    model_or_partition: PreTrainedModel | Partition, kept: Sequence[int], *, sequence_length: int = 384
+    model_or_partition: PreTrainedModel | Partition,
+    kept: Sequence[int],
+    *,
+    sequence_length: int = 384,
+    latency_table: LatencyTable | None = None,
 ) -> Summary:
     """
     As [`summarize`], of what the model would be if it kept so many groups. No weight is read: it may be on the meta
@@ -230,6 +263,7 @@ def summarize_kept(
         model_or_partition ([`PreTrainedModel`] or [`Partition`]): As in [`summarize`].
         kept (`Sequence[int]`): Groups to keep of every array of the partition.
         sequence_length (`int`, *optional*, defaults to 384): As in [`summarize`].
+        latency_table ([`~hf_oto.latency.LatencyTable`], *optional*): As in [`summarize`].
     """
     if sequence_length < 1:
         raise ValueError(f"`sequence_length` must be at least 1, got {sequence_length}.")
@@ -238,6 +272,13 @@ def summarize_kept(
     else:
         groups = partition(model_or_partition)
         sizes = _sizes(model_or_partition, groups, kept)
+    times: dict[str, Any] = {}
+    if latency_table is not None:
+        config = OTOConfig(target_unit="latency", latency_table=latency_table)
+        check_table(groups, config)
+        total = latency_table.total
+        times = {"latency": total - removed_cost(groups, config, kept), "dense_latency": total}
+        times["latency_conditions"] = latency_table.conditions
     heads, neurons = kept[::2], kept[1::2]
     everything = tuple(tuple(range(count)) for count in heads) if set(heads) <= {groups.dense_heads} else None
     all_heads, all_neurons = groups.num_layers * groups.dense_heads, groups.num_layers * groups.dense_neurons
@@ -253,6 +294,7 @@ def summarize_kept(
         macs=total_cost(groups, sum(heads), sum(neurons), "macs", sequence_length),
         dense_macs=total_cost(groups, all_heads, all_neurons, "macs", sequence_length),
         kept_heads=everything,
+        **times,
         **sizes,
     )
 
@@ -286,12 +328,18 @@ def card_section(
     table = "\n".join(["| | dense | this model |", "| --- | --- | --- |", *rows]) + "\n\n" if rows else ""
     layers = f"![{CAPTIONS['layers']}](layers.png)\n\n" if "layers" in pictures else ""
     run = f"![{CAPTIONS['run']}](run.png)\n\n" if "run" in pictures else ""
+    faster = ""
+    if summary.latency_ratio is not None:
+        faster = (
+            f"\nA forward takes {1 - summary.latency_ratio:.1%} less time than the dense model's, by a table that "
+            f"was measured with {summary.latency_conditions}.\n"
+        )
     return f"""## Compression
 
 While it was fine-tuned, whole attention heads and feed-forward neurons were removed by
 [Only Train Once](https://arxiv.org/abs/2107.07467): {1 - summary.prunable_ratio:.1%} of the weights that they own, and
 {1 - summary.macs_ratio:.1%} of their multiply-accumulates. No mask is left, and nothing has to be fine-tuned again.
-
+{faster}
 {table}{layers}{summary}
 
 {run}## How to load it

@@ -71,11 +71,8 @@ def compress(
     if is_sharded(model):
         raise ValueError("`model` must be whole, got one that is spread over ranks. Pass what `gather` makes of it.")
     kept = [~zero_groups(array, parameters) for array in groups.arrays]
-    heads, neurons = ([int(keep.sum()) for keep in kept[offset::2]] for offset in (0, 1))
     with tqdm(total=2, desc="Cutting out what is zero", leave=False, disable=not show_progress) as bar:
-        cut = _empty_pruned(model, heads, neurons)
-        buffers = dict(model.named_buffers(remove_duplicate=False)) | _kept_heads(model, groups, kept)
-        _fill(cut, parameters, buffers, _indices(groups, kept))
+        cut = keep_groups(model, groups, kept)
         if model.can_generate():
             cut.generation_config = copy.deepcopy(model.generation_config)
         cut.train(model.training)
@@ -83,6 +80,23 @@ def compress(
         bar.set_description("Checking the small model")
         _compare(model, cut, _example(model) if example_inputs is None else example_inputs, atol)
         bar.update()
+    return cut
+
+
+def keep_groups(model: PreTrainedModel, groups: Partition, kept: Sequence[Tensor]) -> PreTrainedModel:
+    """
+    A new model of the pruned class with copies of some groups' weights and of all that no group owns. It computes what
+    `model` does only where the others are zero: [`compress`] chooses so, and checks.
+
+    Args:
+        model ([`PreTrainedModel`]): Whole, with its weights, not wrapped.
+        groups ([`~hf_oto.groups.Partition`]): Its groups.
+        kept (`Sequence[Tensor]`): For every array of the groups, which to keep: bool `[G]`.
+    """
+    heads, neurons = ([int(keep.sum()) for keep in kept[offset::2]] for offset in (0, 1))
+    cut = _empty_pruned(model, heads, neurons)
+    buffers = dict(model.named_buffers(remove_duplicate=False)) | _kept_heads(model, groups, kept)
+    _fill(cut, dict(model.named_parameters(remove_duplicate=False)), buffers, _indices(groups, kept))
     return cut
 
 

@@ -327,7 +327,8 @@ class OTOTrainer(Trainer):
         model = small or self._plain_model()  # which knows better which heads are kept, if it is whole
         if is_sharded(model):
             return {}
-        summary = summarize(model, sequence_length=self.oto_config.macs_sequence_length)
+        config = self.oto_config
+        summary = summarize(model, sequence_length=config.macs_sequence_length, latency_table=config.latency_table)
         return figures(summary, self.state.log_history)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -564,7 +565,10 @@ class OTOTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         path = Path(self._output_dir, "README.md")
-        summary = summarize(self._plain_model(), sequence_length=self.oto_config.macs_sequence_length)
+        config = self.oto_config
+        summary = summarize(
+            self._plain_model(), sequence_length=config.macs_sequence_length, latency_table=config.latency_table
+        )
         pictures = self._figures()
         save_figures(pictures, path.parent)
         logged = [entry for entry in self.state.log_history if any(name.startswith("eval_") for name in entry)]

@@ -9,9 +9,10 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_oto.budget import dense_cost, floor_and_multiple, group_cost, removable_groups
+from hf_oto.budget import dense_cost, floor_and_multiple, removable_groups, removal_costs
 from hf_oto.config import OTOConfig
 from hf_oto.groups import GroupArray, Partition, partition
+from hf_oto.latency import LatencyTable
 from hf_oto.modeling import FAMILIES
 
 _COMMON = {
@@ -196,10 +197,41 @@ def removed_and_next(groups: Partition, config: OTOConfig, zero: dict[tuple[int,
     removed, cheapest = 0, dense_cost(groups, config)
     for array in groups.arrays:
         if array.kind in config.structures:
-            cost = group_cost(groups, array.kind, config.target_unit, config.macs_sequence_length)
+            costs = removal_costs(groups, array.kind, config).tolist()
             gone = int(zero[array.layer, array.kind].sum())
-            removed += gone * cost
+            removed += sum(costs[:gone])
             floor, multiple = floor_and_multiple(array.kind, config)
             if removable_groups(array.count - gone, floor, multiple):
-                cheapest = min(cheapest, cost * ((array.count - gone) % multiple or multiple))
+                cheapest = min(cheapest, sum(costs[gone : gone + ((array.count - gone) % multiple or multiple)]))
     return removed, cheapest
+
+
+def made_table(groups: Partition, seed: int = 0, fixed: int = 1000, points: int = 4) -> LatencyTable:
+    """A table of latencies for an architecture, made up: curves with random corners, in which no group is free."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high: int) -> int:
+        return int(torch.randint(high, (), generator=generator))
+
+    def curve(dense: int, slope: int) -> list[list[int]]:
+        counts = sorted({0, dense} | {draw(dense) for _ in range(points)})
+        found = [[0, 0]]
+        for low, high in zip(counts, counts[1:], strict=False):
+            found.append([high, found[-1][1] + (high - low) * (1 + draw(slope)) + draw(slope)])
+        return found
+
+    heads, neurons = curve(groups.dense_heads, 900), curve(groups.dense_neurons, 90)
+    names = ("model_type", "num_layers", "hidden_size", "head_size", "queries", "dense_heads", "dense_neurons")
+    return LatencyTable(
+        **{name: getattr(groups, name) for name in names},
+        total=fixed + groups.num_layers * (heads[-1][1] + neurons[-1][1]),
+        heads=heads,
+        neurons=neurons,
+        batch_size=2,
+        length=13,
+        threads=1,
+        device="cpu",
+        dtype="float32",
+        attention="sdpa",
+        torch="2.13.0",
+    )

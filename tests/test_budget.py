@@ -1,11 +1,12 @@
 """Budget: what a group costs, and that a target is met: never over, and under by less than what would still fit."""
 
+import dataclasses
 from fractions import Fraction
 
 import pytest
 import torch
 import transformers
-from families import tiny_model, zero_uneven
+from families import made_table, tiny_model, zero_uneven
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,8 +16,12 @@ from hf_oto.budget import (
     dense_cost,
     floor_and_multiple,
     group_cost,
+    reach,
     removable_groups,
+    removal_costs,
+    removed_cost,
     select_groups,
+    target_examples,
 )
 from hf_oto.config import OTOConfig
 from hf_oto.groups import GroupArray, Partition, partition
@@ -102,7 +107,8 @@ def plain_selection(score, cost, array, alive, budget, floor, multiple):
 def problems(draw):
     blocks = draw(st.integers(1, 5))
     sizes = draw(st.lists(st.integers(0, 13), min_size=blocks, max_size=blocks))
-    costs = draw(st.lists(st.sampled_from([1, 3, 8, 50]), min_size=blocks, max_size=blocks))
+    prices = st.sampled_from([1, 3, 8, 50])
+    costs = draw(st.lists(prices, min_size=blocks, max_size=blocks))
     floor = draw(st.lists(st.integers(0, 6), min_size=blocks, max_size=blocks))
     multiple = draw(st.lists(st.sampled_from([1, 1, 2, 4]), min_size=blocks, max_size=blocks))
     array = [block for block, size in enumerate(sizes) for _ in range(size)]
@@ -110,7 +116,11 @@ def problems(draw):
     score = draw(st.lists(st.integers(0, 50), min_size=len(array), max_size=len(array)))
     alive = draw(st.lists(st.booleans(), min_size=len(array), max_size=len(array)))
     budget = draw(st.integers(0, 300))
-    return score, [costs[block] for block in array], array, alive, budget, floor, multiple
+    # The same for every group of an array, or another for the first, second, … to go.
+    cost = [costs[block] for block in array]
+    if draw(st.booleans()):
+        cost = draw(st.lists(prices, min_size=len(array), max_size=len(array)))
+    return score, cost, array, alive, budget, floor, multiple
 
 
 def selection(score, cost, array, alive, budget, floor, multiple):
@@ -130,7 +140,15 @@ def selection(score, cost, array, alive, budget, floor, multiple):
 def test_selection_keeps_the_rules(problem):
     score, cost, array, alive, budget, floor, multiple = problem
     chosen = selection(score, cost, array, alive, budget, floor, multiple)
-    spent = sum(price for price, cut in zip(cost, chosen, strict=True) if cut)
+    # By array, what those to go cost: the first of them come after those that are gone.
+    prices = [
+        [price for group, price in enumerate(cost) if array[group] == block][
+            sum(array[group] == block and not alive[group] for group in range(len(score))) :
+        ]
+        for block in range(len(floor))
+    ]
+    cuts = [sum(array[group] == block and chosen[group] for group in range(len(score))) for block in range(len(floor))]
+    spent = sum(sum(own[:cut]) for own, cut in zip(prices, cuts, strict=True))
     assert spent <= budget
     assert not any(cut and not there for cut, there in zip(chosen, alive, strict=True))
     for block in range(len(floor)):
@@ -143,7 +161,7 @@ def test_selection_keeps_the_rules(problem):
         size = len(left) % multiple[block] or multiple[block]
         keep = -(-floor[block] // multiple[block]) * multiple[block]
         if len(left) >= size and len(left) - size >= keep and left:  # nothing that may still go would fit
-            assert sum(cost[group] for group in left[:1]) * size > budget - spent
+            assert sum(prices[block][cuts[block] : cuts[block] + size]) > budget - spent
 
 
 @given(problems())
@@ -170,14 +188,38 @@ def test_heads_and_neurons_are_ranked_together_by_score_per_cost():
     assert chosen.tolist() == [False, False] + [True] * 8
 
 
+def test_a_group_that_frees_little_is_cut_with_one_that_frees_much():
+    # Of the first array two groups cost next to nothing and the third, which goes last, is most of it.
+    score = torch.tensor([10.0, 11.0, 12.0] + [0.5] * 4)
+    cost = torch.tensor([1, 1, 98] + [1] * 4)
+    array = torch.tensor([0, 0, 0] + [1] * 4)
+    alive = torch.ones(7, dtype=torch.bool)
+    floors, ones = torch.tensor([0, 0]), torch.ones(2, dtype=torch.int64)
+    chosen = select_groups(score, cost, array, alive, 100, floors, ones)
+    assert chosen.tolist() == [True] * 3 + [False] * 4  # 33 for 100 together, where the others ask 50 for 100
+    # Where the third does not fit, it blocks what comes after it, and nothing before it.
+    chosen = select_groups(score, cost, array, alive, 99, floors, ones)
+    assert chosen.tolist() == [True] * 2 + [False] + [True] * 4
+    cost = torch.tensor([98, 1, 1] + [1] * 4)
+    chosen = select_groups(score, cost, array, alive, 50, floors, ones)
+    assert chosen.tolist() == [False] * 3 + [True] * 4
+
+
 @st.composite
 def runs(draw):
     heads, head_size = draw(st.integers(1, 6)), draw(st.integers(1, 8))
     groups = made_up(draw(st.integers(1, 5)), heads, head_size, draw(st.integers(1, 70)))
     structures = draw(st.sampled_from([("heads", "neurons"), ("heads",), ("neurons",)]))
+    unit = draw(st.sampled_from(["params", "macs", "groups", "latency"]))
+    table = (
+        made_table(groups, draw(st.integers(0, 2**31)), draw(st.sampled_from([1, 5000])))
+        if unit == "latency"
+        else None
+    )
     config = OTOConfig(
         target_sparsity=draw(st.floats(0, 0.99)),
-        target_unit=draw(st.sampled_from(["params", "macs", "groups"])),
+        target_unit=unit,
+        latency_table=table,
         macs_sequence_length=draw(st.sampled_from([1, 128, 384])),
         structures=structures,
         min_heads=draw(st.integers(0, 3)),
@@ -194,7 +236,7 @@ def test_the_target_is_met_in_every_currency(run):
     arrays = [array for array in groups.arrays if array.kind in config.structures]
     counts = torch.tensor([array.count for array in arrays])
     kinds = [array.kind for array in arrays]
-    costs = torch.tensor([group_cost(groups, kind, config.target_unit, config.macs_sequence_length) for kind in kinds])
+    costs = [removal_costs(groups, kind, config) for kind in kinds]
     limits = torch.tensor([floor_and_multiple(kind, config) for kind in kinds])
     total = dense_cost(groups, config)
     target = Fraction(repr(config.target_sparsity)) * total
@@ -202,22 +244,28 @@ def test_the_target_is_met_in_every_currency(run):
         check_target(groups, config)
     except ValueError:
         most = sum(
-            removable_groups(count, floor, multiple) * cost
-            for count, cost, (floor, multiple) in zip(counts.tolist(), costs.tolist(), limits.tolist(), strict=True)
+            int(cost_g[: removable_groups(count, floor, multiple)].sum())
+            for count, cost_g, (floor, multiple) in zip(counts.tolist(), costs, limits.tolist(), strict=True)
         )
         assert most < target
         return
+
+    def gone_of(alive):
+        """The cost that is gone, by the numbers that are left of every array."""
+        kept = alive.split(counts.tolist())
+        return sum(int(cost_g[: int((~own).sum())].sum()) for cost_g, own in zip(costs, kept, strict=True))
+
     alive = torch.ones(int(counts.sum()), dtype=torch.bool)
-    array_of, cost = torch.arange(len(arrays)).repeat_interleave(counts), costs.repeat_interleave(counts)
+    array_of, cost = torch.arange(len(arrays)).repeat_interleave(counts), torch.cat(costs)
     generator = torch.Generator().manual_seed(seed)
     schedule = Schedule.from_config(config, 200)
     for boundary in schedule.boundaries[:-1]:
         score = torch.rand(alive.numel(), generator=generator)
         share = allowance(schedule.share(boundary, config.target_sparsity), total)
-        gone = int(cost[~alive].sum())
+        gone = gone_of(alive)
         alive &= ~select_groups(score, cost, array_of, alive, share - gone, limits[:, 0], limits[:, 1])
-        assert int(cost[~alive].sum()) <= share
-    removed = int(cost[~alive].sum())
+        assert gone_of(alive) <= share
+    removed = gone_of(alive)
     assert removed <= target
     cheapest = None
     for block, (floor, multiple) in enumerate(limits.tolist()):
@@ -225,7 +273,8 @@ def test_the_target_is_met_in_every_currency(run):
         if int(counts[block]) - left:
             assert left % multiple == 0 and left >= floor
         if removable_groups(left, floor, multiple):
-            price = (left % multiple or multiple) * int(costs[block])
+            gone = int(counts[block]) - left
+            price = int(costs[block][gone : gone + (left % multiple or multiple)].sum())
             cheapest = price if cheapest is None else min(cheapest, price)
     assert cheapest is None or target - removed < cheapest
     assert cheapest is not None or target - removed < 1 or config.target_sparsity == 0
@@ -257,3 +306,49 @@ def test_a_model_that_is_pruned_to_the_target_already_is_refused():
     with pytest.raises(ValueError, match="is removed already"):
         check_target(groups, OTOConfig(target_sparsity=removed + 1e-4, min_neurons=0))  # no group fits between
     check_target(groups, OTOConfig(target_sparsity=0.7))
+
+
+def test_a_target_in_latency_is_of_the_whole_models_time():
+    groups = made_up()  # two blocks of 4 heads and 24 neurons
+    curves = {"heads": [[0, 0], [1, 400], [4, 700]], "neurons": [[0, 0], [24, 1200]]}
+    table = dataclasses.replace(made_table(groups), total=2 * (700 + 1200) + 1200, **curves)
+    config = OTOConfig(target_unit="latency", latency_table=table, target_sparsity=0.5)
+    assert removal_costs(groups, "heads", config).tolist() == [100, 100, 100, 400]
+    assert removal_costs(groups, "neurons", config).tolist() == [50] * 24
+    found = reach(groups, config)
+    # A block may lose three heads, 300, and 16 neurons, 800; 50 · 8 is more than a head.
+    assert (found.total, found.removed, found.reachable, found.cheapest) == (5000, 0, 2200, 100)
+    with pytest.raises(
+        ValueError, match=r"=0.5 of latency cannot be reached: .* at most 0.44 can go, as what is never"
+    ):
+        check_target(groups, config)
+    check_target(groups, dataclasses.replace(config, target_sparsity=0.44))
+    # Without heads and neurons there is still the rest, 1,200 of 5,000.
+    bare = dataclasses.replace(config, min_heads=0, min_neurons=0)
+    assert reach(groups, bare).reachable == 3800 and dense_cost(groups, bare) == 5000
+    assert dense_cost(groups, bare, "groups") == 56
+    # The last head costs more than the others: it is the eighth of the neurons that goes in its place.
+    kept = target_examples(groups, dataclasses.replace(bare, target_sparsity=0.12))["heads first"]
+    assert kept == [1, 24, 1, 24] and removed_cost(groups, bare, kept) == 600
+    # What is gone already counts, whatever may be pruned now.
+    left = made_up(left=[(1, 24), (4, 16)])
+    only = dataclasses.replace(config, structures=("neurons",), min_neurons=0)
+    assert reach(left, only).removed == removed_cost(groups, only, [1, 24, 4, 16]) == 300 + 400
+    assert reach(left, only).reachable == 300 + 2 * 1200
+    assert reach(left, OTOConfig(structures=("neurons",))).removed == 8 * 65
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("model_type", "roberta"), ("num_layers", 3), ("hidden_size", 64), ("head_size", 16), ("queries", 2)],
+)
+def test_a_table_of_another_architecture_is_refused_by_name(name, value):
+    groups = made_up()
+    table = dataclasses.replace(made_table(groups, fixed=10**6), **{name: value})
+    for target in (0.01, 0.0, None):  # where nothing is to be reached as well
+        config = OTOConfig(target_unit="latency", latency_table=table, target_sparsity=target)
+        with pytest.raises(ValueError, match=rf"another architecture: `{name}` {value}, the model has "):
+            check_target(groups, config)
+    other = made_table(made_up(heads=5, neurons=20))
+    with pytest.raises(ValueError, match=r"`hidden_size` 40, .*; `dense_heads` 5, .* 4; `dense_neurons` 20, .* 24"):
+        check_target(groups, OTOConfig(target_unit="latency", latency_table=other))

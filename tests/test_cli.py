@@ -11,11 +11,21 @@ import evaluate
 import pytest
 import torch
 import transformers
-from families import EVERY, ONE_EACH, batch, family_of, largest_difference, outputs, tiny_model, zero_uneven
+from families import (
+    EVERY,
+    ONE_EACH,
+    batch,
+    family_of,
+    largest_difference,
+    made_table,
+    outputs,
+    tiny_model,
+    zero_uneven,
+)
 from squad_data import make_questions, squad, wordpiece, write
 from typer.testing import CliRunner
 
-from hf_oto import OTOConfig, QuestionAnswerer, benchmark, partition, summarize
+from hf_oto import HSPG, OTOConfig, QuestionAnswerer, benchmark, partition, summarize
 from hf_oto.answering import OnnxAnswerer
 from hf_oto.architectures import BLOCK_SPECS
 from hf_oto.budget import reach
@@ -23,7 +33,7 @@ from hf_oto.cli import app
 from hf_oto.exporting import export_onnx, inference_session
 from hf_oto.surgery import compress
 
-COMMANDS = ("inspect", "compress", "bench", "export", "answer")
+COMMANDS = ("inspect", "compress", "latency", "bench", "export", "answer")
 CODE = ["architectures.py", "modeling.py"]  # what travels beside the weights
 BERT = ONE_EACH[0]
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "squad"
@@ -303,6 +313,63 @@ def test_compress_leaves_nothing_where_the_disk_is_full(tmp_path):
         refused("compress", tmp_path / "zeros", tmp_path / "new" / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert everything_in(tmp_path) == before
+
+
+# latency
+
+
+def test_the_table_that_latency_writes_is_one_for_a_target(tmp_path):
+    saved(tmp_path / "dense")
+    out = tmp_path / "table.json"
+    options = ["--batch-size", 2, "--length", 9, "--threads", 1, "--repeats", 2, "--cpu-time"]
+    found = answered("latency", tmp_path / "dense", out, *options)
+    assert found == {"out": str(out), **json.loads(out.read_text(encoding="utf-8"))}
+    assert (found["batch_size"], found["length"], found["threads"], found["model_type"]) == (2, 9, 1, "bert")
+    config = OTOConfig(target_unit="latency", latency_table=out, target_sparsity=0.0)
+    HSPG(torch.optim.SGD(tiny_model(BERT).named_parameters()), partition(tiny_model(BERT)), config, 40)
+    text = run("latency", tmp_path / "dense", tmp_path / "half.json", *options, "--dtype", "bfloat16").stdout
+    table = json.loads((tmp_path / "half.json").read_text(encoding="utf-8"))
+    assert "2 x 9 tokens, bfloat16, sdpa attention, cpu, 1 thread" in text and table["dtype"] == "bfloat16"
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert rows[2:] == [
+        [str(heads), f"{time / 1e6:.3f}", str(neurons), f"{more / 1e6:.3f}"]
+        for (heads, time), (neurons, more) in zip(table["heads"], [*table["neurons"], ("", 0)], strict=True)
+    ][:-1] + [["4", f"{table['heads'][-1][1] / 1e6:.3f}", "", ""]]
+
+
+def test_inspect_takes_a_table(tmp_path):
+    model = saved(tmp_path / "dense")
+    table = made_table(partition(model), fixed=2000, seed=2)
+    table.save(tmp_path / "table.json")
+    options = ["--target-unit", "latency", "--latency-table", tmp_path / "table.json", "--target", 0.3]
+    found = answered("inspect", tmp_path / "dense", *options)
+    assert found["latency"] == found["dense_latency"] == table.total and found["latency_ratio"] == 1
+    target = found["target"]
+    assert target["latency_table"] == table.to_dict() and target["total"] == table.total
+    for example in target["leaves"].values():
+        assert 0.7 * table.total <= example["latency"] < 0.75 * table.total
+    text = run("inspect", tmp_path / "dense", *options).stdout
+    assert f"at most {target['budget']:,} of {table.total:,} ns of latency" in text
+    assert f"| {target['leaves']['evenly']['latency']:,} |" in " ".join(text.split())
+    assert "need each other" in refused("inspect", tmp_path / "dense", "--target-unit", "latency")
+    saved(tmp_path / "wide", intermediate_size=32)
+    assert "`dense_neurons` 24, the model has 32" in refused("inspect", tmp_path / "wide", *options)
+
+
+def test_what_latency_refuses_writes_nothing(tmp_path):
+    model = saved(tmp_path / "dense")
+    zero_uneven(model)
+    compress(model).save_pretrained(tmp_path / "small")
+    (tmp_path / "there.json").write_text("mine")
+    before = everything_in(tmp_path)
+    assert "exists already" in refused("latency", tmp_path / "dense", tmp_path / "there.json")
+    out = tmp_path / "table.json"
+    assert "no folder" in refused("latency", tmp_path / "dense", tmp_path / "new" / "table.json")
+    assert "pruned already" in refused("latency", tmp_path / "small", out)
+    assert "`dtype` must be one of float32" in refused("latency", tmp_path / "dense", out, "--dtype", "int8")
+    assert "`device` must be cpu, or cuda where" in refused("latency", tmp_path / "dense", out, "--device", "tpu")
+    assert "`length` must be at most 39" in refused("latency", tmp_path / "dense", out, "--length", 40)
     assert everything_in(tmp_path) == before
 
 

@@ -6,16 +6,21 @@ import math
 import re
 
 import pytest
+from families import made_table, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_oto.config import CONFIG_NAME, SALIENCIES, STRUCTURES, TARGET_UNITS, OTOConfig
+from hf_oto.groups import partition
 
 NAN = math.nan
 share = st.floats(0, 1, exclude_max=True)
 # What a valid config may hold; warm-up and pruning end are drawn on either side of 0.5.
+TABLE = made_table(partition(tiny_model("BertModel")))
 VALID = st.builds(
-    OTOConfig,
+    lambda target_unit, **settings: OTOConfig(
+        target_unit=target_unit, latency_table=TABLE if target_unit == "latency" else None, **settings
+    ),
     target_sparsity=st.none() | share,
     target_unit=st.sampled_from(TARGET_UNITS),
     macs_sequence_length=st.integers(1, 10**6),
@@ -56,7 +61,13 @@ VALID = st.builds(
         ("round_to", 0, "`round_to` must be at least 1, got 0."),
         ("min_heads", -1, "`min_heads` must be at least 0, got -1."),
         ("min_neurons", -1, "`min_neurons` must be at least 0, got -1."),
-        ("target_unit", "flops", "`target_unit` must be one of params, macs, groups, got 'flops'."),
+        ("target_unit", "flops", "`target_unit` must be one of params, macs, groups, latency, got 'flops'."),
+        (
+            "target_unit",
+            "latency",
+            "`target_unit`=\"latency\" and `latency_table` need each other, got 'latency' and no",
+        ),
+        ("latency_table", TABLE, "`latency_table` need each other, got 'params' and a table."),
         ("saliency", "hessian", "`saliency` must be one of fisher, taylor, magnitude, random, got 'hessian'."),
         ("structures", ["layers"], "`structures` must be one of heads, neurons, got 'layers'."),
         ("structures", [], "`structures` must name each structure once and at least one, got ()."),
@@ -82,6 +93,7 @@ def test_bad_value_is_refused(name, value, rule):
             for name in ("macs_sequence_length", "pruning_periods", "min_heads", "min_neurons", "round_to")
             for value in (True, 8.0, "8", None)
         ],
+        ("latency_table", 7, "`latency_table` must be a LatencyTable, its dict or its file, got int."),
         ("structures", "heads", "`structures` must be a list of names, got the string 'heads'."),
         *[
             (name, x, f"`{name}` must be True or False, got {x!r}.")

@@ -9,6 +9,7 @@ from families import (
     ONE_EACH,
     counts,
     largest_difference,
+    made_table,
     outputs,
     owned,
     question_batch,
@@ -395,7 +396,7 @@ def test_the_zeroed_model_is_cut_to_the_target(name):
 @given(
     name=st.sampled_from(ONE_EACH),
     target=st.floats(0.02, 0.95),
-    unit=st.sampled_from(["params", "macs", "groups"]),
+    unit=st.sampled_from(["params", "macs", "groups", "latency"]),
     structures=st.sampled_from([("heads", "neurons"), ("heads",), ("neurons",)]),
     floors=st.tuples(st.integers(0, 2), st.integers(0, 9)),
     round_to=st.sampled_from([1, 3, 8]),
@@ -405,6 +406,7 @@ def test_a_real_run_meets_its_target(name, target, unit, structures, floors, rou
     config = OTOConfig(
         target_sparsity=target,
         target_unit=unit,
+        latency_table=made_table(partition(tiny_model(name))) if unit == "latency" else None,
         structures=structures,
         saliency=saliency,
         min_heads=floors[0],

@@ -12,19 +12,21 @@ PACKAGE = ROOT / "hf_oto"
 # A room imports from rooms of a higher number only.
 LEVELS = {
     "cli": 0,
-    **dict.fromkeys(("trainer", "benchmark", "scoring"), 1),
+    **dict.fromkeys(("trainer", "benchmark", "measuring", "scoring"), 1),
     "checks": 2,
     **dict.fromkeys(("report", "distillation", "surgery", "hspg", "answering", "exporting"), 3),
     **dict.fromkeys(("modeling", "saliency", "budget", "schedule", "parts"), 4),
     "groups": 5,
     "architectures": 6,
     **dict.fromkeys(("config", "contexts", "pictures"), 7),
+    "latency": 8,
 }
 TORCH_ONLY = {"hspg", "saliency", "budget", "schedule", "parts", "groups", "architectures", "config"}
+TORCH_ONLY |= {"latency"}
 TRAVELLING = {"modeling", "architectures"}  # copied beside the weights, where no other room is
 UNPICKLERS = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PUBLIC = {"OTOConfig", "OTOTrainer", "HSPG", "QuestionAnswerer", "partition", "compress", "gather"}
-PUBLIC |= {"shrink", "summarize"}
+PUBLIC |= {"measure_latency", "shrink", "summarize"}
 
 
 def imports(tree: ast.AST) -> tuple[set[str], set[str]]:

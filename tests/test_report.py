@@ -178,7 +178,10 @@ def test_to_dict_is_plain_json():
     found = summary.to_dict()
     assert json.loads(json.dumps(found)) == found
     assert found["heads"] == [3, 0, 2] and found["file_size"] == summary.file_size
-    assert set(found) == {field.name for field in dataclasses.fields(Summary)} | {"prunable_ratio", "macs_ratio"}
+    assert set(found) == {field.name for field in dataclasses.fields(Summary)} | {
+        *("prunable_ratio", "macs_ratio", "latency_ratio")
+    }
+    assert found["latency"] is found["latency_ratio"] is None  # nobody has measured it
     assert found["prunable_ratio"] == KEPT / DENSE
     assert found["macs_ratio"] == summary.macs / summary.dense_macs
 

@@ -14,12 +14,14 @@ import transformers
 from answers import find_answers
 from arguments import parse_arguments
 from datasets import Dataset
+from families import made_table, tiny_model
 from features import OUTSIDE, check_tokenizer, feature_maker, label_positions
 from outputs import Results, check_output_dir, remove_checkpoints, write_json
 from reading import FEATURES, check_examples, read_squad
 from squad_data import byte_bpe, make_questions, question, squad, wordpiece, write
 
 from hf_oto.config import OTOConfig
+from hf_oto.groups import partition
 
 TOWER = "The Eiffel Tower (Paris) was built from 1887 to 1889 by Gustave Eiffel's company."
 
@@ -479,13 +481,26 @@ def command_line(settings):
 
 def test_every_setting_of_the_compression_is_an_argument():
     names = [field.name for field in dataclasses.fields(OTOConfig)]
-    assert [name for name in names if getattr(OTOConfig(), name) != OTHERS[name]] == names  # none is left out here
+    alone = [name for name in names if name != "latency_table"]  # which needs its unit; see the test after this one
+    assert [name for name in alone if getattr(OTOConfig(), name) != OTHERS[name]] == alone  # none is left out here
     compression = parse_arguments([*TRAIN, "--compress"])[2]
     assert compression.oto_config() == OTOConfig()
     assert {*vars(compression)} == {*names, "compress", "teacher_name_or_path"}
     compression = parse_arguments([*TRAIN, "--compress", *command_line(OTHERS)])[2]
     assert compression.oto_config() == OTOConfig(**OTHERS)
     assert parse_arguments(TRAIN)[2].oto_config() is None
+
+
+def test_a_table_of_latencies_is_given_by_its_file(tmp_path):
+    table = made_table(partition(tiny_model("BertForQuestionAnswering")))
+    table.save(tmp_path / "table.json")
+    given = command_line({"target_unit": "latency", "latency_table": tmp_path / "table.json"})
+    expected = OTOConfig(target_unit="latency", latency_table=table)
+    assert parse_arguments([*TRAIN, "--compress", *given])[2].oto_config() == expected
+    with pytest.raises(ValueError, match="^`--target_unit`, `--latency_table` set up the compression"):
+        parse_arguments([*TRAIN, *given])
+    with pytest.raises(FileNotFoundError, match="`latency_table` nowhere.json is no file"):
+        parse_arguments([*TRAIN, "--compress", "--target_unit", "latency", "--latency_table", "nowhere.json"])
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -92,6 +92,7 @@ class DataArguments:
 
 # HfArgumentParser reads neither a tuple nor a number that may be the word "none".
 _AS_TEXT, _AS_LIST = "target_sparsity", "structures"
+_AS_PATH = "latency_table"
 _NO_SETTINGS = ("compress", "teacher_name_or_path")
 
 
@@ -103,6 +104,9 @@ def _compression_field(setting: dataclasses.Field) -> tuple[str, Any, dataclasse
         return setting.name, str | None, field(default=str(setting.default), metadata=metadata)
     if setting.name == _AS_LIST:
         return setting.name, list[str], field(default_factory=lambda: list(setting.default), metadata=metadata)
+    if setting.name == _AS_PATH:
+        metadata["help"] += " The file that `hf-oto latency` wrote."
+        return setting.name, str | None, field(default=None, metadata=metadata)
     return setting.name, type(setting.default), field(default=setting.default, metadata=metadata)
 
 
