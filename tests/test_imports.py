@@ -15,10 +15,10 @@ LEVELS = {
     **dict.fromkeys(("trainer", "benchmark", "measuring", "scoring"), 1),
     "checks": 2,
     **dict.fromkeys(("report", "distillation", "surgery", "hspg", "answering", "exporting"), 3),
-    **dict.fromkeys(("modeling", "saliency", "budget", "schedule", "parts"), 4),
+    **dict.fromkeys(("modeling", "saliency", "budget", "schedule", "parts", "contexts"), 4),
     "groups": 5,
     "architectures": 6,
-    **dict.fromkeys(("config", "contexts", "pictures"), 7),
+    **dict.fromkeys(("config", "pictures"), 7),
     "latency": 8,
 }
 TORCH_ONLY = {"hspg", "saliency", "budget", "schedule", "parts", "groups", "architectures", "config"}
