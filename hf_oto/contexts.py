@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 UNFINISHED = ".unfinished-"  # and the number of the process that writes
+
+# Where a Transformers model keeps how the names in its checkpoint differ from its own, for `save_pretrained`.
+CONVERSIONS = "_weight_conversions"
 
 
 @contextmanager
@@ -59,3 +63,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def own_names(model: nn.Module) -> Iterator[None]:
+    """
+    `save_pretrained` writes weights under the names that they have in the model. Some families' it gives older ones
+    (ViT's, ESM's), which `from_pretrained` knows and `load_state_dict` does not.
+    """
+    state: dict[str, Any] = vars(model)
+    conversions = state.get(CONVERSIONS)
+    state[CONVERSIONS] = []
+    try:
+        yield
+    finally:
+        state[CONVERSIONS] = conversions

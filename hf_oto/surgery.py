@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .architectures import BLOCK_SPECS, dense_model_type, refusal
-from .contexts import evaluating
+from .contexts import CONVERSIONS, evaluating
 from .groups import Partition, partition, zero_groups
 from .modeling import (
     CONFIGS,
@@ -191,6 +191,7 @@ def shrink(model: PreTrainedModel, optimizer: Shrinking, *, like: PreTrainedConf
     pruned_class = _pruned_class(model, config)
     cuts = _cut_in_place(model, config, groups, kept)
     model.__class__ = pruned_class
+    vars(model).pop(CONVERSIONS, None)  # of the dense class
     for module in model.modules():
         if "config" in vars(module):
             vars(module)["config"] = config
