@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .exporting import check_packages, example_batch, export_onnx, inference_session, longest_input
+from .exporting import check_packages, export_onnx, inference_session
+from .inputs import example_batch, longest_input
 from .report import summarize
 
 BACKENDS = ("eager", "compile", "onnx")
@@ -93,7 +94,7 @@ def measure(
         `Iterator[Measurement]`: One after another, as they are done.
 
     Raises:
-        `ValueError`: A backend is unknown, a number is too small, or a model does not read so many tokens.
+        `ValueError`: A backend is unknown, a number is too small, or a model does not read so many tokens, or none.
         `ImportError`: A package that `"onnx"` needs is not installed.
     """
     for backend in backends:

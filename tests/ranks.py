@@ -1,8 +1,8 @@
 """Runs HSPG on every rank of a process group, and writes what each rank held: started by torchrun, by a test.
 
-`ranks.py MODE FOLDER`, MODE one of `single`, `ddp`, `ddp4`, `fsdp`, `fsdp_blocks`: families in turn in a bare loop,
-on the same global batches, all of them in `ALL_FAMILIES`; `shrinking`: one family under DDP, with zero groups cut out on the way; or `trainer`:
-OTOTrainer under accelerate, with gradient accumulation and checkpoints.
+`ranks.py MODE FOLDER`, MODE one of `single`, `ddp`, `ddp4`, `fsdp`, `fsdp_blocks`: families in turn in a bare loop, on
+the same global batches, all of them in `ALL_FAMILIES`; `shrinking`: one family under DDP, with zero groups cut out on
+the way; or `trainer`: OTOTrainer under accelerate, with gradient accumulation and checkpoints.
 """
 
 import sys

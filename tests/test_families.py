@@ -90,7 +90,7 @@ def test_no_group_is_without_a_gradient(name):
         ("ViTModel", {"qkv_bias": False}),
         ("Wav2Vec2Model", {"do_stable_layer_norm": True, "feat_extract_norm": "layer", "adapter_attn_dim": 4}),
         ("LlamaModel", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 8}),
-        ("LlamaModel", {"num_attention_heads": 4, "head_dim": None}),
+        ("LlamaModel", {"num_attention_heads": 4, "head_dim": None, "pad_token_id": -1}),
         (
             "Qwen3Model",
             {"attention_bias": True, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},

@@ -18,7 +18,7 @@ LEVELS = {
     **dict.fromkeys(("modeling", "saliency", "budget", "schedule", "parts"), 4),
     "groups": 5,
     "architectures": 6,
-    **dict.fromkeys(("config", "contexts", "pictures"), 7),
+    **dict.fromkeys(("config", "contexts", "inputs", "pictures"), 7),
 }
 TORCH_ONLY = {"hspg", "saliency", "budget", "schedule", "parts", "groups", "architectures", "config"}
 TRAVELLING = {"modeling", "architectures"}  # copied beside the weights, where no other room is
