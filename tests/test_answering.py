@@ -145,6 +145,14 @@ def test_a_model_in_training_answers_without_dropout_and_stays_in_training(token
     assert found.model.training and found.model.bert.encoder.layer[0].output.dropout.training
 
 
+def test_a_bar_counts_the_windows_where_it_is_asked_for(tokenizers, capfd):
+    found = answerer(ONE_EACH[0], tokenizers)
+    found.answer(*questions(), show_progress=True)
+    assert "Answering" in capfd.readouterr().err
+    found.answer(*questions())
+    assert capfd.readouterr().err == ""
+
+
 def test_span_scores_by_hand():
     first, last, score = span_scores(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 20.0, 30.0]), 2)
     assert [*zip(first.tolist(), last.tolist(), score.tolist(), strict=True)] == [
