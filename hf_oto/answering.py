@@ -82,8 +82,8 @@ class QuestionAnswerer:
         batch_size (`int`, *optional*, defaults to 32): Windows that the model reads together.
 
     Raises:
-        `ValueError`, `TypeError`: The model has no such head, the tokenizer is no fast one, or a number breaks its
-            rule.
+        `ValueError`, `TypeError`: The model has no such head, the tokenizer is no fast one or has more tokens than
+            the model, or a number breaks its rule.
 
     Example:
 
@@ -109,6 +109,12 @@ class QuestionAnswerer:
             raise ValueError(
                 f"`tokenizer` must be a fast one, got {type(tokenizer).__name__}: without character offsets a token "
                 f"cannot be turned back into text."
+            )
+        beyond, vocabulary = max(tokenizer.get_vocab().values()), model.config.vocab_size
+        if beyond >= vocabulary:
+            raise ValueError(
+                f"`tokenizer` must be the one that the model was trained with: it has a token of number {beyond}, the "
+                f"model's vocabulary has {vocabulary}, counted from 0."
             )
         limit = min(_longest(model), tokenizer.model_max_length)
         self.max_length = min(384, limit) if max_length is None else max_length
@@ -341,7 +347,8 @@ def _null_position(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
 
 
 def _longest(model: PreTrainedModel) -> int:
-    """Tokens of the longest sequence that a model reads: the RoBERTas count positions from the padding id on."""
+    """Tokens of the longest sequence that a model reads: some families count positions from the padding id on."""
     config: Any = model.config
     positions = getattr(config, "max_position_embeddings", sys.maxsize)
-    return positions - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
+    from_padding = any(name in config.model_type for name in ("roberta", "camembert", "mpnet"))
+    return positions - (config.pad_token_id + 1 if from_padding else 0)

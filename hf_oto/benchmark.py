@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .contexts import using_threads
-from .exporting import check_packages, example_batch, export_onnx, inference_session, longest_input
+from .exporting import check_packages, export_onnx, inference_session
+from .inputs import example_batch, longest_input
 from .report import summarize
 
 BACKENDS = ("eager", "compile", "onnx", "onnx-int8")
@@ -97,7 +98,7 @@ def measure(
         `Iterator[Measurement]`: One after another, as they are done.
 
     Raises:
-        `ValueError`: A backend is unknown, a number is too small, or a model does not read so many tokens.
+        `ValueError`: A backend is unknown, a number is too small, or a model does not read so many tokens, or none.
         `ImportError`: A package that ONNX needs is not installed.
     """
     for backend in backends:

@@ -30,6 +30,7 @@ from .config import OTOConfig
 from .contexts import folder_beside
 from .exporting import check_packages, export_onnx
 from .groups import partition
+from .inputs import check_tokens
 from .latency import LatencyTable
 from .measuring import measure_latency
 from .report import markdown_table, plain_text, summarize, summarize_kept
@@ -275,7 +276,8 @@ def bench(
     """
     if backend and benchmark.ONNX_BACKENDS.intersection(backend):
         check_packages()
-    models = [_load(name, _config(name), dtype=torch.float32) for name in (dense, pruned)]
+    configs = [_text_config(name) for name in (dense, pruned)]
+    models = [_load(*pair, dtype=torch.float32) for pair in zip((dense, pruned), configs, strict=True)]
     choices: dict[str, Any] = {
         "backends": backend or ["eager"],
         "batch_sizes": batch_size or [1],
@@ -378,6 +380,7 @@ def export(
         raise FileExistsError(f"{out} exists already. Choose another file, or remove it.")
     if max_questions is not None and squad is None:
         raise ValueError("--max-questions is of the questions of --squad: give both.")
+    config = _text_config(model)
     score, questions = None, []
     if squad is not None:
         questions, answerer = read_questions(squad, max_questions), _answerer(model)
@@ -385,7 +388,7 @@ def export(
         def score(session: Any) -> dict[str, float]:
             return squad_scores(OnnxAnswerer(answerer, session), questions, show_progress=sys.stderr.isatty())
 
-    done = export_onnx(_load(model, _config(model), dtype=torch.float32), out, int8=int8, score=score)
+    done = export_onnx(_load(model, config, dtype=torch.float32), out, int8=int8, score=score)
     lines = [
         f"{done.path}: {done.bytes:,} bytes, inputs {', '.join(done.inputs)}, outputs {', '.join(done.outputs)}",
         f"float32 in ONNX Runtime is off by {done.error:.1e} of the largest output, on random tokens with padding",
@@ -467,6 +470,13 @@ def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return found
 
 
+def _text_config(name: str) -> PreTrainedConfig:
+    """The same of a model that reads tokens; known before its weights are read."""
+    config = _config(name)
+    check_tokens(_model_class(config))
+    return config
+
+
 def _empty(config: PreTrainedConfig) -> PreTrainedModel:
     """The model on the meta device: its shapes, no weights."""
     with torch.device("meta"):
@@ -488,7 +498,7 @@ def _load(name: str, config: PreTrainedConfig, dtype: torch.dtype | None = None)
 
 
 def _answerer(name: str, **options: Any) -> QuestionAnswerer:
-    _config(name)
+    _text_config(name)
     if _file(name, "tokenizer_config.json") is None:
         raise ValueError(f"{name} has no tokenizer_config.json. Save the tokenizer with the model.")
     return QuestionAnswerer.from_pretrained(name, **options)

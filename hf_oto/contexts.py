@@ -18,6 +18,9 @@ from .architectures import BLOCK_SPECS, dense_model_type
 
 UNFINISHED = ".unfinished-"  # and the number of the process that writes
 
+# Where a Transformers model keeps how the names in its checkpoint differ from its own, for `save_pretrained`.
+CONVERSIONS = "_weight_conversions"
+
 
 @contextmanager
 def folder_beside(target: Path) -> Iterator[Path]:
@@ -86,3 +89,18 @@ def using_threads(number: int | None) -> Iterator[int]:
         yield number or before
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def own_names(model: nn.Module) -> Iterator[None]:
+    """
+    `save_pretrained` writes weights under the names that they have in the model. Some families' it gives older ones
+    (ViT's, ESM's), which `from_pretrained` knows and `load_state_dict` does not.
+    """
+    state: dict[str, Any] = vars(model)
+    conversions = state.get(CONVERSIONS)
+    state[CONVERSIONS] = []
+    try:
+        yield
+    finally:
+        state[CONVERSIONS] = conversions

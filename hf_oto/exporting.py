@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import inspect
 import io
 import logging
 import os
@@ -22,11 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .contexts import evaluating, folder_beside
+from .inputs import example_batch, longest_input
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # A protobuf holds 2 GB at most; weights beyond that lie beside it.
 LARGEST_FILE = 1_900_000_000
-OPTIONAL_INPUT = "token_type_ids"
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,8 @@ def export_onnx(
     """
     Write a model as ONNX, of any batch size and length, if ONNX Runtime computes with it what PyTorch does.
 
-    The check runs on padded batches of other sizes than the one that was traced, of random tokens.
+    The check runs on padded batches of other sizes than the one that was traced, of random tokens. What a decoder
+    keeps of earlier tokens is left out: it reads whole sequences.
 
     Args:
         model ([`PreTrainedModel`]): On the CPU, in float32.
@@ -93,7 +93,7 @@ def export_onnx(
     Raises:
         `ImportError`: `onnx`, `onnxscript` or `onnxruntime` is not installed.
         `FileExistsError`: There is a file at `path`.
-        `ValueError`: The model is not on the CPU in float32, or ONNX Runtime computes something else.
+        `ValueError`: The model reads no tokens, is not on the CPU in float32, or ONNX Runtime computes something else.
     """
     check_packages()
     path = Path(path)
@@ -134,44 +134,6 @@ def export_onnx(
     return Export(str(path), size, *names, error, int8_error, int8_mean, scores, int8_scores)
 
 
-def example_batch(
-    model: PreTrainedModel, batch_size: int, length: int, *, padded: bool = True, seed: int = 0
-) -> dict[str, Tensor]:
-    """
-    Random tokens that any task head takes; of the second half of the rows, the second half is padding.
-
-    Shapes: `[batch, length]`, for multiple choice `[batch, 2, length]`.
-    """
-    _check_tokens(model)
-    config: Any = model.config
-    padding = config.pad_token_id or 0
-    shape = (batch_size, 2, length) if type(model).__name__.endswith("ForMultipleChoice") else (batch_size, length)
-    generator = torch.Generator().manual_seed(seed)  # of its own: the caller's random numbers are not used up
-    # Never the padding id, from which the RoBERTas tell positions.
-    input_ids = torch.randint(config.vocab_size - 1, shape, generator=generator)
-    input_ids += input_ids >= padding
-    attention_mask = torch.ones_like(input_ids)
-    if padded:
-        attention_mask[batch_size // 2 :, ..., (length + 1) // 2 :] = 0
-    batch = {"input_ids": input_ids.masked_fill(attention_mask == 0, padding), "attention_mask": attention_mask}
-    takes_types = OPTIONAL_INPUT in inspect.signature(model.forward).parameters
-    if takes_types and getattr(config, "type_vocab_size", 0) > 1:
-        batch[OPTIONAL_INPUT] = (torch.arange(length) >= length // 3).long().expand(shape).contiguous()
-    return batch
-
-
-def longest_input(model: PreTrainedModel) -> int:
-    """Tokens that any model of the supported families reads: the RoBERTas count positions from the padding id on."""
-    _check_tokens(model)
-    config: Any = model.config
-    return max(1, config.max_position_embeddings - (config.pad_token_id or 0) - 1)
-
-
-def _check_tokens(model: PreTrainedModel) -> None:
-    if model.main_input_name != "input_ids":
-        raise ValueError(f"`model` reads {model.main_input_name!r}. This is for models that read tokens.")
-
-
 def inference_session(path: Path, threads: int | None = None) -> Any:
     """The file in ONNX Runtime, on the CPU with so many threads."""
     import onnxruntime
@@ -187,13 +149,18 @@ def _traced(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Any:
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
     # Eager attention: plain matrix products and a softmax, as fast in ONNX Runtime as what becomes of sdpa.
-    attention = model.config._attn_implementation
+    config: Any = model.config
+    attention, cached = config._attn_implementation, getattr(config, "use_cache", False)
     model.set_attn_implementation("eager")
+    if cached:  # of a decoder the export reads whole sequences
+        config.use_cache = False
     try:
         with evaluating(model):
             exported: Any = OnnxExporter().export(model, dict(batch), config=OnnxConfig(dynamic=True))
     finally:
         model.set_attn_implementation(attention)
+        if cached:
+            config.use_cache = True
     # Transformers 5.14 gives torch's `ONNXProgram`, later releases their own `ExportedModel`.
     program = exported.program if hasattr(exported, "program") else exported.model
     _name_sizes(program.graph, batch)

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from .architectures import BLOCK_SPECS, PRUNED_PREFIX
 from .contexts import using_threads
-from .exporting import example_batch, longest_input
 from .groups import Partition, partition
+from .inputs import example_batch, longest_input
 from .latency import LatencyTable
 from .parts import is_sharded
 from .surgery import keep_groups

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -17,8 +16,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .architectures import BLOCK_SPECS, dense_model_type, refusal
-from .contexts import evaluating
+from .contexts import CONVERSIONS, evaluating
 from .groups import Partition, partition, zero_groups
+from .inputs import random_inputs
 from .modeling import (
     CONFIGS,
     KEPT_HEADS,
@@ -78,7 +78,7 @@ def compress(
         cut.train(model.training)
         bar.update()
         bar.set_description("Checking the small model")
-        _compare(model, cut, _example(model) if example_inputs is None else example_inputs, atol)
+        _compare(model, cut, random_inputs(model) if example_inputs is None else example_inputs, atol)
         bar.update()
     return cut
 
@@ -205,6 +205,7 @@ def shrink(model: PreTrainedModel, optimizer: Shrinking, *, like: PreTrainedConf
     pruned_class = _pruned_class(model, config)
     cuts = _cut_in_place(model, config, groups, kept)
     model.__class__ = pruned_class
+    vars(model).pop(CONVERSIONS, None)  # of the dense class
     for module in model.modules():
         if "config" in vars(module):
             vars(module)["config"] = config
@@ -458,26 +459,6 @@ def _check_parameters(
 def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(path), leaf, tensor)
-
-
-def _example(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A random batch that every head of the supported families takes; the second half of its tokens is padded."""
-    config: Any = model.config
-    generator = torch.Generator().manual_seed(0)  # of its own: the caller's random numbers are not used up
-    if model.main_input_name == "pixel_values":
-        size = config.image_size if isinstance(config.image_size, Sequence) else (config.image_size,) * 2
-        return {"pixel_values": torch.randn(2, config.num_channels, *size, generator=generator)}
-    if model.main_input_name == "input_values":
-        length = sum(config.conv_kernel) + 32 * math.prod(config.conv_stride)
-        return {"input_values": torch.randn(2, length, generator=generator)}
-    padding = config.pad_token_id or 0
-    # RoBERTa counts positions from the padding id on.
-    length = max(1, min(32, config.max_position_embeddings - padding - 1))
-    shape = (2, 2, length) if _class_of(model).__name__.endswith("ForMultipleChoice") else (4, length)
-    input_ids = torch.randint(config.vocab_size, shape, generator=generator)
-    attention_mask = torch.ones_like(input_ids)
-    attention_mask[shape[0] // 2 :, ..., (length + 1) // 2 :] = 0
-    return {"input_ids": input_ids.masked_fill(attention_mask == 0, padding), "attention_mask": attention_mask}
 
 
 def _compare(model: PreTrainedModel, cut: PreTrainedModel, inputs: Mapping[str, Any], atol: float) -> None:

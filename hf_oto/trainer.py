@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,7 +40,7 @@ from .checks import (
     saved_counts,
 )
 from .config import OTOConfig
-from .contexts import UNFINISHED, dropping_modules, folder_beside
+from .contexts import UNFINISHED, dropping_modules, folder_beside, own_names
 from .distillation import IGNORED, hidden_states_loss, load_teacher, logits_loss
 from .groups import partition
 from .hspg import HSPG
@@ -602,7 +602,9 @@ class OTOTrainer(Trainer):
         return [task for task, classes in known.items() if name in classes.values()]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        # Trainer resumes by `load_state_dict`.
+        with own_names(self._plain_model()) if self._saving_checkpoint else nullcontext():
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             self.oto_config.save_pretrained(output_dir or self._output_dir)
 

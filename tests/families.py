@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from hf_oto.budget import dense_cost, floor_and_multiple, removable_groups, removal_costs
 from hf_oto.config import OTOConfig
@@ -27,7 +28,7 @@ _SPEECH = _SIZES | {
     **{"vocab_size": 61, "num_hidden_layers": 3, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
     **{"conv_dim": (16, 16), "conv_stride": (4, 4), "conv_kernel": (8, 4), "num_feat_extract_layers": 2},
     **{"tdnn_dim": (16, 16), "tdnn_kernel": (3, 1), "tdnn_dilation": (1, 1), "xvector_output_dim": 8},
-    **{"layerdrop": 0.0, "mask_time_prob": 0.0, "pad_token_id": 0},
+    **{"layerdrop": 0.0, "mask_time_prob": 0.0, "pad_token_id": 0, "ctc_loss_reduction": "mean"},
 }
 
 CONFIGS = {
@@ -59,7 +60,14 @@ MODELS: dict[str, tuple[str, ...]] = {
 ALL = [name for names in MODELS.values() for name in names]
 EVERY = [names[-1] for names in MODELS.values()]
 # A head for question answering of those whose blocks differ as far as the training goes: for what takes long.
-ONE_EACH = [MODELS[family][-1] for family in ("bert", "roberta", "xlm-roberta", "electra", "distilbert")]
+FIRST = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
+ONE_EACH = [MODELS[family][-1] for family in FIRST]
+# A head to train of each of the others; BertGeneration's encoder has none.
+OTHERS = [
+    next((name for name in names if name.endswith("CausalLM")), names[-1])
+    for family, names in MODELS.items()
+    if family not in FIRST
+]
 
 
 def family_of(name: str) -> str:
@@ -103,18 +111,18 @@ def randomize(model: PreTrainedModel) -> None:
         parameter.add_(torch.randn_like(parameter), alpha=0.2)
 
 
-def batch(model: PreTrainedModel, seed: int = 1, length: int = 13) -> dict[str, Tensor]:
+def batch(model: PreTrainedModel, seed: int = 1, length: int = 13, size: int = 3) -> dict[str, Tensor]:
     """Inputs that every head takes, with padding at the end of the first sequence. Images have one size."""
     generator = torch.Generator().manual_seed(seed)
     if model.main_input_name == "pixel_values":
-        return {"pixel_values": torch.randn(3, 3, 16, 16, generator=generator).to(model.dtype)}
+        return {"pixel_values": torch.randn(size, 3, 16, 16, generator=generator).to(model.dtype)}
     if model.main_input_name == "input_values":
-        values = torch.randn(3, 16 * length + 20, generator=generator)
+        values = torch.randn(size, 16 * length + 20, generator=generator)
         attention_mask = torch.ones_like(values, dtype=torch.int64)
         attention_mask[0, values.shape[1] // 2 :] = 0
         return {"input_values": (values * attention_mask).to(model.dtype), "attention_mask": attention_mask}
     choices = type(model).__name__.endswith("ForMultipleChoice")
-    input_ids = torch.randint(2, 61, (3, 2, length) if choices else (3, length), generator=generator)
+    input_ids = torch.randint(2, 61, (size, 2, length) if choices else (size, length), generator=generator)
     attention_mask = torch.ones_like(input_ids)
     attention_mask[0, ..., length // 2 :] = 0
     return {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -180,6 +188,25 @@ def question_batch(model: PreTrainedModel, seed: int = 1, size: int = 3) -> dict
         "start_positions": positions[0],
         "end_positions": positions[1],
     }
+
+
+def training_batch(model: PreTrainedModel, seed: int = 1, size: int = 3) -> dict[str, Tensor]:
+    """[`batch`] of another size, with what the model's head learns: as many labels in every row."""
+    kind = type(model).__name__
+    if kind.endswith("ForQuestionAnswering"):
+        return question_batch(model, seed, size)
+    inputs = batch(model, seed, size=size)
+    if kind.endswith(("Model", "Encoder")):
+        return inputs
+    speech = kind.endswith("ForCTC")
+    shape = (size, 3) if speech else (size,) if "pixel_values" in inputs else inputs["input_ids"].shape
+    generator = torch.Generator().manual_seed(seed)
+    return inputs | {"labels": torch.randint(2, shape, generator=generator) + speech}  # CTC's blank is 0
+
+
+def squares(outputs: ModelOutput, *_, **__) -> Tensor:
+    """The loss of a model without a head."""
+    return outputs.last_hidden_state.square().mean()
 
 
 def owned(model: PreTrainedModel, array: GroupArray, group: int) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """Runs HSPG on every rank of a process group, and writes what each rank held: started by torchrun, by a test.
 
-`ranks.py MODE FOLDER`, MODE one of `single`, `ddp`, `ddp4`, `fsdp`, `fsdp_blocks`: every family in turn in a bare
-loop, on the same global batches; `shrinking`: one family under DDP, with zero groups cut out on the way; or `trainer`:
-OTOTrainer under accelerate, with gradient accumulation and checkpoints.
+`ranks.py MODE FOLDER`, MODE one of `single`, `ddp`, `ddp4`, `fsdp`, `fsdp_blocks`: families in turn in a bare loop, on
+the same global batches, all of them in `ALL_FAMILIES`; `shrinking`: one family under DDP, with zero groups cut out on
+the way; or `trainer`: OTOTrainer under accelerate, with gradient accumulation and checkpoints.
 """
 
 import sys
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from families import ONE_EACH, question_batch, tiny_model
+from families import ONE_EACH, OTHERS, family_of, question_batch, squares, tiny_model, training_batch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +23,9 @@ from hf_oto.groups import partition
 from hf_oto.hspg import HSPG
 
 STEPS, GLOBAL_BATCH = 24, 8
+ALL_FAMILIES = ("single", "ddp", "fsdp_blocks")
 CONFIG = OTOConfig(min_neurons=3, round_to=3)
+SHORT_CONFIG = OTOConfig(min_neurons=3, round_to=3, pruning_periods=3)
 
 
 def run(name: str, mode: str, rank: int, world: int) -> dict:
@@ -32,17 +34,21 @@ def run(name: str, mode: str, rank: int, world: int) -> dict:
     groups = partition(model)
     wrapped = model
     if mode.startswith("ddp"):
-        wrapped = DistributedDataParallel(model)
+        # As Trainer has it: ESM brings a head for contacts.
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     elif mode.startswith("fsdp"):
         if mode == "fsdp_blocks":
             for block in model.base_model.get_submodule(BLOCK_SPECS[groups.model_type].blocks):
                 fully_shard(block)
         fully_shard(model)
-    optimizer = HSPG(torch.optim.AdamW(model.named_parameters(), lr=3e-3), groups, CONFIG, STEPS)
+    config, steps = plan(name)
+    optimizer = HSPG(torch.optim.AdamW(model.named_parameters(), lr=3e-3), groups, config, steps)
     history = []
-    for step in range(STEPS):
-        whole = question_batch(model, step, GLOBAL_BATCH)
-        wrapped(**{key: value[rank::world] for key, value in whole.items()}).loss.backward()
+    for step in range(steps):
+        whole = training_batch(model, step, GLOBAL_BATCH)
+        # ESM takes a view of its labels.
+        found = wrapped(**{key: value[rank::world].contiguous() for key, value in whole.items()})
+        (found.loss if "loss" in found else squares(found)).backward()
         optimizer.step()
         optimizer.zero_grad()
         history.append(optimizer.param_groups[0]["hspg_status"].clone())
@@ -99,10 +105,23 @@ def run_trainer(folder: Path) -> None:
     torch.save(found, folder / f"trainer-{trainer.args.process_index}.pt")
 
 
+def plan(name: str) -> tuple[OTOConfig, int]:
+    """The settings and the number of steps; a short run where the blocks are all that is new."""
+    return (SHORT_CONFIG, STEPS // 2) if name in OTHERS else (CONFIG, STEPS)
+
+
 def uneven(name: str) -> dict:
-    if "Distil" in name:
-        return {"dim": 27, "n_heads": 3, "hidden_dim": 33}
-    return {"hidden_size": 27, "num_attention_heads": 3, "intermediate_size": 33}
+    sizes = {"hidden_size": 27, "num_attention_heads": 3, "intermediate_size": 33}
+    family = family_of(name)
+    if family == "distilbert":
+        return dict(zip(("dim", "n_heads", "hidden_dim"), sizes.values(), strict=True))
+    if family in ("esm", "modernbert"):  # a rotary head has an even size
+        return sizes | {"hidden_size": 30}
+    if family in ("wav2vec2", "hubert"):
+        return sizes | {"num_conv_pos_embedding_groups": 3}
+    if family in ("llama", "qwen3"):
+        return sizes | {"hidden_size": 30, "num_attention_heads": 6, "num_key_value_heads": 3}
+    return sizes
 
 
 def main(mode: str, folder: str) -> None:
@@ -119,7 +138,7 @@ def main(mode: str, folder: str) -> None:
             torch.save(run_shrinking(rank, world, shrinks), Path(folder) / f"{mode}-{shrinks}-{rank}.pt")
         dist.destroy_process_group()
         return
-    for name in ONE_EACH:
+    for name in ONE_EACH + OTHERS * (mode in ALL_FAMILIES):
         torch.save(run(name, mode, rank, world), Path(folder) / f"{mode}-{name}-{rank}.pt")
     if mode != "single":
         dist.destroy_process_group()

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
-from families import ONE_EACH, question_batch, tiny_model
+from families import ONE_EACH, squares, tiny_model, training_batch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -57,17 +57,19 @@ class Note(TrainerCallback):
             self.trainer.die(STEP)
 
 
-def make(folder: Path, extra=None, dropout: bool = False, **options) -> Mortal:
+def make(folder: Path, extra=None, dropout: bool = False, name: str = NAME, **options) -> Mortal:
     torch.set_num_threads(1)
-    questions = question_batch(tiny_model(NAME), size=64)
+    model = tiny_model(name, **({} if dropout else NO_DROPOUT))
+    rows = training_batch(model, size=64)
     defaults = {"save_steps": 8, "learning_rate": 3e-3, "max_steps": STEPS, "report_to": [], "disable_tqdm": True}
     arguments = TrainingArguments(str(folder), use_cpu=True, **defaults | options)
     arguments.per_device_train_batch_size = GLOBAL_BATCH // arguments.world_size
     note = Note()
     note.trainer = Mortal(
-        model=tiny_model(NAME, **({} if dropout else NO_DROPOUT)),
+        model=model,
         args=arguments,
-        train_dataset=[{key: value[row] for key, value in questions.items()} for row in range(64)],
+        train_dataset=[{key: value[row] for key, value in rows.items()} for row in range(64)],
+        compute_loss_func=None if {"labels", "start_positions"} & rows.keys() else squares,
         oto_config=CONFIG,
         callbacks=[note, *(extra or [])],
     )

@@ -145,6 +145,14 @@ def test_a_model_in_training_answers_without_dropout_and_stays_in_training(token
     assert found.model.training and found.model.bert.encoder.layer[0].output.dropout.training
 
 
+def test_a_bar_counts_the_windows_where_it_is_asked_for(tokenizers, capfd):
+    found = answerer(ONE_EACH[0], tokenizers)
+    found.answer(*questions(), show_progress=True)
+    assert "Answering" in capfd.readouterr().err
+    found.answer(*questions())
+    assert capfd.readouterr().err == ""
+
+
 def test_span_scores_by_hand():
     first, last, score = span_scores(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 20.0, 30.0]), 2)
     assert [*zip(first.tolist(), last.tolist(), score.tolist(), strict=True)] == [
@@ -155,7 +163,16 @@ def test_span_scores_by_hand():
     assert len(span_scores(torch.zeros(3), torch.zeros(3), 99)[0]) == 6
 
 
-@pytest.mark.parametrize(("name", "longest"), [("BertForQuestionAnswering", 64), ("RobertaForQuestionAnswering", 62)])
+@pytest.mark.parametrize(
+    ("name", "longest"),
+    [
+        ("BertForQuestionAnswering", 64),
+        ("RobertaForQuestionAnswering", 62),
+        ("CamembertForQuestionAnswering", 62),
+        ("MPNetForQuestionAnswering", 62),
+        ("DebertaV2ForQuestionAnswering", 64),
+    ],
+)
 def test_windows_are_by_default_as_long_as_the_model_reads(name, longest, tokenizers):
     found = answerer(name, tokenizers, max_length=None, stride=None)
     assert (found.max_length, found.stride) == (longest, longest // 3)
@@ -187,5 +204,8 @@ def test_what_cannot_be_answered_is_refused(tokenizers):
     for name in ("stride", "max_answer_length", "batch_size"):
         with pytest.raises(ValueError, match=f"`{name}` must be at least .*, got -1"):
             answerer(ONE_EACH[0], tokenizers, **{name: -1})
+    size = len(found.tokenizer)
+    with pytest.raises(ValueError, match=f"token of number {size - 1}, .* vocabulary has {size - 1}, counted"):
+        QuestionAnswerer(tiny_model(ONE_EACH[0], vocab_size=size - 1), found.tokenizer)
     with pytest.raises(ValueError, match="question-answering head, got BertForMaskedLM"):
         QuestionAnswerer(tiny_model("BertForMaskedLM"), found.tokenizer)

@@ -14,6 +14,7 @@ import transformers
 from families import (
     EVERY,
     ONE_EACH,
+    OTHERS,
     batch,
     family_of,
     largest_difference,
@@ -28,6 +29,7 @@ from typer.testing import CliRunner
 from hf_oto import HSPG, OTOConfig, QuestionAnswerer, benchmark, partition, summarize
 from hf_oto.answering import OnnxAnswerer
 from hf_oto.architectures import BLOCK_SPECS
+from hf_oto.benchmark import measure
 from hf_oto.budget import reach
 from hf_oto.cli import app
 from hf_oto.exporting import export_onnx, inference_session
@@ -473,9 +475,13 @@ def in_onnxruntime(path, model, **sizes):
     return actual, {name: expected[name] for name in names}
 
 
-# An export takes seconds, and all families but DistilBERT have the blocks of BERT.
+# An export takes seconds: one of those with the blocks of BERT, and one of the decoders, whose heads Qwen3 normalizes.
+LIKE_ANOTHER = {"roberta", "xlm-roberta", "electra", "camembert", "bert-generation", "llama"}
+READERS = [name for name in ONE_EACH + OTHERS if getattr(transformers, name).main_input_name == "input_ids"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in ONE_EACH if name.startswith(("Bert", "Distil"))])
+@pytest.mark.parametrize("name", [name for name in READERS if family_of(name) not in LIKE_ANOTHER])
 def test_export_of_a_model_with_a_block_cut_to_nothing(name, tmp_path):
     """Its last block has neither a head nor a neuron."""
     model = tiny_model(name, num_hidden_layers=2)
@@ -487,12 +493,32 @@ def test_export_of_a_model_with_a_block_cut_to_nothing(name, tmp_path):
     out = tmp_path / "onnx" / "small.onnx"
     found = answered("export", tmp_path / "small", out)
     assert list(out.parent.iterdir()) == [out] and found["bytes"] == out.stat().st_size > 4 * summary.parameters
-    inputs = ["input_ids", "attention_mask"] + ["token_type_ids"] * (family_of(name) != "distilbert")
-    assert found == found | {"inputs": inputs, "outputs": ["start_logits", "end_logits"], "int8_error": None}
+    inputs = ["input_ids", "attention_mask"] + ["token_type_ids"] * (family_of(name) == "bert")
+    names = ["start_logits", "end_logits"] if name.endswith("ForQuestionAnswering") else ["logits"]
+    assert found == found | {"inputs": inputs, "outputs": names, "int8_error": None}
     assert 0 < found["error"] < 1e-5
     for length in (5, 37):
         actual, expected = in_onnxruntime(out, small, length=length)
         assert largest_difference(actual, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name not in READERS])
+def test_models_that_read_no_tokens_are_refused_before_their_weights_are_read(name, tmp_path):
+    model = saved(tmp_path / "model", name)
+    wordpiece().save_pretrained(tmp_path / "model")
+    saved(tmp_path / "reader")
+    for folder in ("model", "reader"):
+        (tmp_path / folder / "model.safetensors").unlink()
+    before, path = everything_in(tmp_path), tmp_path / "model"
+    error = f"`model` must read tokens, {name} reads '{model.main_input_name}'"
+    assert error in refused("export", path, tmp_path / "new.onnx")
+    assert error in refused("bench", path, path)
+    assert error in refused("bench", tmp_path / "reader", path)
+    assert error in refused("answer", path, "--question", "why?", "--context", "a")
+    for call in (lambda: export_onnx(model, tmp_path / "new" / "model.onnx"), lambda: measure(model, model)):
+        with pytest.raises(ValueError, match=error):
+            call()
+    assert everything_in(tmp_path) == before
 
 
 @pytest.mark.slow
@@ -616,6 +642,10 @@ def test_what_cannot_be_answered_is_refused(reader, tmp_path):
     saved(tmp_path / "masked", "BertForMaskedLM")
     wordpiece().save_pretrained(tmp_path / "masked")
     assert "has no weights for qa_outputs.bias" in refused("answer", tmp_path / "masked", *ask, "--context", "a")
+    saved(tmp_path / "other", vocab_size=31)
+    wordpiece().save_pretrained(tmp_path / "other")
+    error = "`tokenizer` must be the one that the model was trained with"
+    assert error in refused("answer", tmp_path / "other", *ask, "--context", "a")
 
 
 def test_every_family_has_a_test_here():

@@ -18,7 +18,7 @@ LEVELS = {
     **dict.fromkeys(("modeling", "saliency", "budget", "schedule", "parts", "contexts"), 4),
     "groups": 5,
     "architectures": 6,
-    **dict.fromkeys(("config", "pictures"), 7),
+    **dict.fromkeys(("config", "inputs", "pictures"), 7),
     "latency": 8,
 }
 TORCH_ONLY = {"hspg", "saliency", "budget", "schedule", "parts", "groups", "architectures", "config"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import ONE_EACH, counts, largest_difference, outputs, tiny_model
+from families import ONE_EACH, OTHERS, counts, largest_difference, outputs, tiny_model
 from optuna.samplers import GridSampler
 from runs import CHECKPOINT, MODEL, NO_DROPOUT, STEP, STEPS, differences, held, train
 from runs import make as make_run
@@ -48,6 +48,21 @@ def test_resuming_is_exact_from_every_step(tmp_path):
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
         assert resumed.state.global_step == STEPS
         assert differences(held(resumed), held(whole)) == [], stop
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_resuming_is_exact_in_the_other_families(name, tmp_path):
+    """From the middle of a pruning period, with dropout where the family has it."""
+    whole = make_run(tmp_path / "whole", dropout=True, name=name, save_steps=6)
+    whole.train()
+    assert (whole.note.masks[5] == REDUNDANT).any()
+    resumed = make_run(tmp_path / "resumed", dropout=True, name=name, save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    assert differences([resumed.note.masks, held(resumed)], [whole.note.masks[6:], held(whole)]) == []
+    full, small = type(whole.model).from_pretrained(tmp_path / "whole" / "checkpoint-24"), whole.compressed_model()
+    assert same_weights(full, whole.model)
+    loaded = type(small).from_pretrained(tmp_path / "whole")
+    assert same_weights(loaded, small) and counts(loaded) != counts(full)
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 24}, {"max_steps": -1, "num_train_epochs": 2.4}])

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import ONE_EACH, counts, largest_difference, outputs, removed_and_next, tiny_model
-from ranks import CONFIG, GLOBAL_BATCH, STEPS, uneven
+from families import ONE_EACH, OTHERS, counts, largest_difference, outputs, removed_and_next, tiny_model
+from ranks import ALL_FAMILIES, GLOBAL_BATCH, plan, uneven
 from transformers import AutoModelForQuestionAnswering
 
 from hf_oto import budget, partition
@@ -50,8 +50,10 @@ def ran(tmp_path_factory):
     return load
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
-@pytest.mark.parametrize("mode", ["ddp", "fsdp", "fsdp_blocks"])
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [(mode, name) for mode in ("ddp", "fsdp", "fsdp_blocks") for name in ONE_EACH + OTHERS * (mode in ALL_FAMILIES)],
+)
 def test_ranks_agree_with_each_other_and_with_one_process(ran, mode, name):
     agree(ran, mode, name)
 
@@ -69,7 +71,8 @@ def agree(ran, mode, name):
         assert torch.equal(first["saliency"], other["saliency"])
         assert all(torch.equal(first["weights"][key], other["weights"][key]) for key in first["weights"])
 
-    start = Schedule.from_config(CONFIG, STEPS).boundaries[0]
+    config, steps = plan(name)
+    start = Schedule.from_config(config, steps).boundaries[0]
     assert not (alone["status"][start - 1] != KEPT).any() and (alone["status"][start] != KEPT).any()
     assert torch.equal(first["status"][: start + 1], alone["status"][: start + 1])
 
@@ -79,8 +82,8 @@ def agree(ran, mode, name):
     groups, parameters = partition(model), dict(model.named_parameters())
     zero = {(array.layer, array.kind): zero_groups(array, parameters) for array in groups.arrays}
     assert torch.equal(torch.cat(list(zero.values())), first["status"][-1] == ZERO)
-    removed, cheapest = removed_and_next(groups, CONFIG, zero)
-    half = budget.dense_cost(groups, CONFIG) / 2
+    removed, cheapest = removed_and_next(groups, config, zero)
+    half = budget.dense_cost(groups, config) / 2
     assert half - cheapest < removed <= half
 
 
