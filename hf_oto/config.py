@@ -73,11 +73,11 @@ class OTOConfig:
             numbers). [`OTOTrainer`] does it at the end of pruning periods; in a loop of your own see
             [`~hf_oto.shrink`]. It needs a target and a base optimizer that moves every weight by itself; what cannot
             be shrunk is trained in full size, and a warning says so.
-        keep_dropout (`bool`, *optional*, defaults to `False`):
+        keep_dropout (`bool`, *optional*, defaults to `True`):
             Whether [`OTOTrainer`] lets the model go on dropping out once groups are redundant, as its own config has
-            it. Dropout (Srivastava et al., JMLR 2014) keeps a model of many weights from learning its data by heart;
-            one that loses them has to learn again what went with them. Warm-up is as the config has it either way,
-            and so are trainings without a target.
+            it (Srivastava et al., JMLR 2014). Off, short trainings of an epoch or so get further: what is left has to
+            learn again what went. Long ones learn their data by heart. Warm-up is as the config has it either way, and
+            so are trainings without a target.
         distillation_weight (`float`, *optional*, defaults to 0.9):
             Weight w in [0, 1] of what is learnt from a teacher: the loss is (1 − w)·(own loss) + w·(divergence from
             the teacher's outputs). This one and the next two are unused without a teacher.
@@ -107,7 +107,7 @@ class OTOConfig:
     min_neurons: int = 8
     round_to: int = 8
     shrink_during_training: bool = False
-    keep_dropout: bool = False
+    keep_dropout: bool = True
     distillation_weight: float = 0.9
     distillation_temperature: float = 2.0
     hidden_state_weight: float = 0.0

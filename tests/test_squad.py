@@ -467,7 +467,7 @@ OTHERS = {
     "distillation_temperature": 4.0,
     "hidden_state_weight": 0.1,
     "shrink_during_training": True,
-    "keep_dropout": True,
+    "keep_dropout": False,
 }
 
 
