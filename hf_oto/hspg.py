@@ -45,8 +45,9 @@ _ELEMENTWISE = (
 # Copying what is left costs about a step; under torch.compile every new shape is compiled, and torch gives up after 8.
 _SHRINK_SHARE = 0.1
 
-# Entries that are acted on at once: beside what redundant groups weigh, a step holds a copy of so many.
-_PIECE = 2**17
+# Entries that are acted on at once: beside what redundant groups weigh, a step holds a copy of so many. On a CPU they
+# stay in its cache; elsewhere every piece is some more kernels to launch.
+_PIECE, _PIECE_ON_CPU = 2**22, 2**17
 
 # What settings were before there was a choice: states written then do not name them.
 _OLDER_SETTINGS = {
@@ -568,7 +569,9 @@ class HSPG(Optimizer):
         if self._acting is None:
             published = self.config.target_sparsity is None
             groups = self._all_groups() if published else self._with_status(REDUNDANT)
-            self._acting = [piece for _, part in self._parts(groups) for piece in part.split(_PIECE)]
+            parts = [part for _, part in self._parts(groups)]
+            entries = _PIECE_ON_CPU if parts and parts[0].positions_P.is_cpu else _PIECE
+            self._acting = [piece for part in parts for piece in part.split(entries)]
         return self._acting
 
     def _keep_zero(self) -> None:
