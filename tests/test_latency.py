@@ -171,7 +171,7 @@ def test_what_cannot_be_measured_is_refused():
         measure_latency(model, threads=2, cpu_time=True, length=8)
     with pytest.raises(ValueError, match="`model` has no blocks"):
         measure_latency(tiny_model(BERT, num_hidden_layers=0))
-    with pytest.raises(ValueError, match="`model` reads 'pixel_values'"):
+    with pytest.raises(ValueError, match="must read tokens, ViTModel reads 'pixel_values'"):
         measure_latency(tiny_model("ViTModel"))
     with torch.device("meta"):
         empty = transformers.BertModel(model.config)
