@@ -49,7 +49,8 @@ class Part:
         """The same in parts of about so many entries, or of one position where that has more."""
         own = local(self.parameter)
         of_each = own.numel() // own.shape[self.dim] if own.numel() else 1
-        pieces = max(1, self.positions_P.numel() * of_each // entries)
+        count = self.positions_P.numel()
+        pieces = max(1, min(count, -(-count * of_each // entries)))
         pairs = zip(self.positions_P.tensor_split(pieces), self.owners_P.tensor_split(pieces), strict=True)
         return [replace(self, positions_P=positions_P, owners_P=owners_P) for positions_P, owners_P in pairs]
 

@@ -21,10 +21,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call
 
-from hf_oto import budget
+from hf_oto import budget, hspg
 from hf_oto.config import OTOConfig
 from hf_oto.groups import partition, zero_groups
 from hf_oto.hspg import HSPG, KEPT, REDUNDANT, ZERO, outside_half_space, penalized
+from hf_oto.parts import Part
 from hf_oto.saliency import mask_derivatives, saliency_of, update_saliency
 from hf_oto.surgery import compress
 
@@ -376,6 +377,40 @@ def test_zeros_come_at_the_periods_end_and_stay(name, base):
             share = schedule.share(step, 0.5)
             assert 0 <= share * total - removed < 1048  # a head, at the most, did not fit
     assert optimizer.target_reached and optimizer.stage == "recovery"
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_what_is_acted_on_in_pieces_is_what_is_acted_on_at_once(published, monkeypatch):
+    options = {"target_sparsity": None, "lmbda": 60.0, "warmup_ratio": 0.2} if published else SMALL
+    runs = []
+    for entries in (2**40, 40):  # a position of a matrix has 32 or 24
+        monkeypatch.setattr(hspg, "_PIECE_ON_CPU", entries)
+        base = {"base": torch.optim.SGD} if published else {}  # AdamW makes much of the least rounding
+        model, optimizer = model_and_optimizer(ONE_EACH[0], OTOConfig(**options), **base)
+        pieces, states = [], []
+
+        def after(step, own=optimizer, pieces=pieces, states=states):
+            pieces.append(len(own._acting_parts()))
+            states.append(own.param_groups[0]["hspg_status"].clone())
+
+        train(model, optimizer, STEPS, after=after)
+        runs.append((pieces, states, weights(model)))
+    (whole, once, at_once), (split, piecewise, in_pieces) = runs
+    assert max(split) > 3 * max(whole) > 0 and (once[-1] == ZERO).any()
+    assert all(torch.equal(mine, others) for mine, others in zip(once, piecewise, strict=True))
+    for key, expected in at_once.items():  # as published the penalty goes by norms, which are summed in another order
+        assert torch.allclose(in_pieces[key], expected, rtol=0, atol=1e-5 if published else 0)
+
+
+def test_a_part_is_split_into_pieces_of_so_many_entries():
+    matrix = torch.zeros(6, 10)
+    part = Part(matrix, {}, 1, torch.tensor([0, 2, 3, 7, 9]), torch.arange(5))
+    pieces = part.split(12)
+    assert [piece.positions_P.tolist() for piece in pieces] == [[0, 2], [3, 7], [9]]
+    assert [piece.owners_P.tolist() for piece in pieces] == [[0, 1], [2, 3], [4]]
+    assert [len(piece.positions_P) for piece in part.split(1)] == [1] * 5
+    nothing = torch.zeros(0, dtype=torch.int64)  # of a shard without rows
+    assert len(Part(torch.zeros(0, 10), {}, 0, nothing, nothing).split(12)) == 1
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
