@@ -53,7 +53,8 @@ class OTOConfig:
             group's mask; `"taylor"`, that of its absolute value; `"magnitude"`, the group's squared norm;
             `"random"`, drawn anew at every selection from the run's seed. The last three are there to compare with.
         saliency_decay (`float`, *optional*, defaults to 0.98):
-            Decay per optimizer step of the running mean, in [0, 1).
+            Decay per optimizer step of the running mean, in [0, 1). Only steps that still count at the next selection
+            are looked at: the last 228 before it with 0.98, as all older ones together weigh less than a hundredth.
         saliency_interval (`int`, *optional*, defaults to 1):
             Optimizer steps from one observation of the gradients to the next. The mean reaches back as far whatever
             it is; a larger one makes it noisier, and the optimizer's step cheaper.

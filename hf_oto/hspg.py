@@ -426,7 +426,7 @@ class HSPG(Optimizer):
         """Whether the step's gradients are looked at."""
         if not self.config.target_sparsity or self.config.saliency in ("magnitude", "random"):
             return False
-        return self.schedule.observed(self.steps_done, self.config.saliency_interval)
+        return self.schedule.observed(self.steps_done, self.config.saliency_interval, self.config.saliency_decay)
 
     def _saliency(self, step: int, cost_G: Tensor) -> Tensor:
         """Every group's score, not yet divided by its cost, of which `cost_G` is the mean in its array."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from .config import OTOConfig
 
+_FORGOTTEN = 0.01  # what older steps together weigh in a running mean that is not worth gathering any more
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -59,10 +61,13 @@ class Schedule:
         """Whether groups are selected at this step."""
         return step in self.boundaries[:-1]
 
-    def observed(self, step: int, interval: int) -> bool:
-        """Whether saliency is gathered at a step: at every selection, and every `interval` steps before it."""
+    def observed(self, step: int, interval: int, decay: float) -> bool:
+        """
+        Whether saliency is gathered at a step: at every selection, and every `interval` steps before it, back to
+        where a running mean of this `decay` has forgotten all but a hundredth.
+        """
         ahead = [boundary - step for boundary in self.boundaries[:-1] if boundary >= step]
-        return bool(ahead) and ahead[0] % interval == 0
+        return bool(ahead) and ahead[0] % interval == 0 and decay ** ahead[0] >= _FORGOTTEN
 
     def steps_left(self, step: int) -> int:
         """Steps until the period ends, this one included: 1 at the step after which redundant groups are zero."""

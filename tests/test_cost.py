@@ -11,16 +11,18 @@ import speed
 
 @pytest.mark.slow
 def test_a_tiny_benchmark_measures_every_stage(tmp_path, capsys):
-    sizes = {"size": "tiny", "steps": 30, "batch_size": 2, "length": 16, "targets": 0.5, "device": "cpu"}
+    sizes = {"size": "tiny", "steps": 60, "batch_size": 2, "length": 16, "targets": 0.5, "device": "cpu"}
     command = [*(word for name, value in sizes.items() for word in (f"--{name}", str(value))), "--no-bf16"]
     numbers = cost.main([*command, "--output", str(tmp_path / "cost.json")])
     assert json.loads((tmp_path / "cost.json").read_text(encoding="utf-8")) == numbers
-    assert set(numbers["optimizer_step"]) == set(cost.STAGES)
+    at_rest = {f"{stage}{cost.AT_REST}" for stage in ("warmup", "pruning")}
+    assert set(numbers["optimizer_step"]) == {*cost.STAGES, *at_rest}
+    assert set(numbers["mean_steps"]) == set(cost.STAGES)
     run = numbers["runs"]["0.5"]
     assert 0.4 < run["macs"] < 0.6  # the model that was timed did reach its target
     ratios = [stage["ratio"] for stage in numbers["optimizer_step"].values()]
     ratios += [run["run"], run["step_before_shrinking"], run["step_at_the_target"], numbers["once"]["compress_ratio"]]
-    ratios += [numbers["taught_step"]]
+    ratios += [numbers["taught_step"], *numbers["mean_steps"].values()]
     assert all(math.isfinite(ratio) and ratio > 0 for ratio in ratios)
     assert 0.5 < numbers["memory"]["ratio"] < 2 and numbers["memory"]["dense"] > 10**8
     memory, vector = numbers["optimizer_memory"], 4 * 2 * (2 + 512)  # bytes of a number for every group
@@ -32,6 +34,19 @@ def test_a_tiny_benchmark_measures_every_stage(tmp_path, capsys):
     assert memory["selection"]["peak"] > redundant > 4 * matrix  # it was measured
     shown = capsys.readouterr().out
     assert all(f"optimizer's step, {stage}" in shown for stage in cost.STAGES) and "whole run, 50%" in shown
+
+
+def test_the_mean_step_counts_those_at_rest():
+    """Of 11,000 steps 1,650 are warm-up, of which 227 before the selection at their end are looked at."""
+    ratios = {"warmup": 2.0, "pruning": 5.0, "selection": 9.0, "recovery": 0.5}
+    ratios |= {f"{stage}{cost.AT_REST}": 1.0 for stage in ("warmup", "pruning")}
+    options = cost.parse(["--run_steps", "11000"])
+    means = cost.mean_steps(options, {stage: {"ratio": ratio} for stage, ratio in ratios.items()})
+    assert means["warmup"] == pytest.approx(1 + 227 / 1650)
+    # Periods of 495 steps: the selection, 267 steps at rest and 227 before the next; after the last one all are.
+    assert means["pruning"] == pytest.approx((9 * (267 + 5 * 227) + 494) / (10 * 494))
+    assert (means["selection"], means["recovery"]) == (9.0, 0.5)
+    assert math.isnan(cost.mean_steps(options, {"warmup": {"ratio": 2.0}})["warmup"])
 
 
 def test_the_growth_with_the_model_is_measured(tmp_path, capsys):

@@ -26,10 +26,23 @@ def test_the_default_run():
 def test_saliency_is_observed_up_to_the_last_selection():
     schedule = Schedule.from_config(OTOConfig(pruning_periods=2, warmup_ratio=0.1, pruning_end_ratio=0.5), 100)
     assert schedule.boundaries == (10, 30, 50)
-    assert [step for step in range(100) if schedule.observed(step, 4)] == [2, 6, *range(10, 31, 4)]
-    assert [step for step in range(100) if schedule.observed(step, 1)] == list(range(31))
+    assert [step for step in range(100) if schedule.observed(step, 4, 0.98)] == [2, 6, *range(10, 31, 4)]
+    assert [step for step in range(100) if schedule.observed(step, 1, 0.98)] == list(range(31))
     without_target = Schedule.from_config(OTOConfig(target_sparsity=None), 100)
-    assert not any(without_target.observed(step, 1) for step in range(100))
+    assert not any(without_target.observed(step, 1, 0.98) for step in range(100))
+
+
+def test_what_a_selection_has_forgotten_is_not_observed():
+    """Steps that together weigh less than a hundredth of the running mean: 0.98^228 < 0.01 ≤ 0.98^227."""
+    schedule = Schedule.from_config(OTOConfig(pruning_periods=2, warmup_ratio=0.1, pruning_end_ratio=0.5), 10_000)
+    observed = [step for step in range(10_000) if schedule.observed(step, 1, 0.98)]
+    assert observed == [*range(1000 - 227, 1001), *range(3000 - 227, 3001)]
+    assert [step for step in range(10_000) if schedule.observed(step, 1, 0.0)] == [1000, 3000]
+    assert [step for step in range(10_000) if schedule.observed(step, 100, 0.98)] == [
+        *(800, 900, 1000),
+        *(2800, 2900, 3000),
+    ]
+    assert [step for step in range(10_000) if schedule.observed(step, 1, 0.9999)] == list(range(3001))
 
 
 def test_the_share_is_a_cubic_ramp():

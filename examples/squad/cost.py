@@ -5,6 +5,7 @@ turns, step by step, so that both meet the same machine. Above 1 it is dearer th
 
 import argparse
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -29,6 +30,7 @@ from transformers import BertConfig, BertForQuestionAnswering
 
 from hf_oto import HSPG, OTOConfig, compress, partition, shrink
 from hf_oto.distillation import logits_loss
+from hf_oto.schedule import Schedule
 
 SIZES = {
     "tiny": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512},
@@ -37,6 +39,7 @@ SIZES = {
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
 }
 STAGES = ("warmup", "pruning", "selection", "recovery")
+AT_REST = ", at rest"  # steps that no saliency is gathered in, as most are in a long run
 RATES = {"lr": 1e-4, "fused": True}
 
 console = Console()
@@ -47,6 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="base", help="Of the model.")
     parser.add_argument("--targets", nargs="+", type=float, default=[0.5, 0.7], help="Shares to be removed.")
     parser.add_argument("--steps", type=int, default=60, help="Of each training.")
+    parser.add_argument("--run_steps", type=int, default=11_000, help="Of the run that mean steps are of.")
     parser.add_argument("--batch_size", type=int, default=16, help="Sequences of a step.")
     parser.add_argument("--length", type=int, default=384, help="Tokens of a sequence.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where it runs.")
@@ -86,21 +90,31 @@ def backward(model: BertForQuestionAnswering, inputs: dict[str, torch.Tensor], b
     loss.backward()
 
 
-def stage_of(optimizer: HSPG) -> str:
-    return "selection" if optimizer.schedule.starts_period(optimizer.steps_done) else optimizer.stage
+def stage_of(schedule: Schedule, step: int) -> str:
+    return "selection" if schedule.starts_period(step) else schedule.stage(step)
+
+
+def looked_at(schedule: Schedule, step: int, config: OTOConfig) -> str:
+    """The stage of a step, and whether it is at rest."""
+    observed = schedule.observed(step, config.saliency_interval, config.saliency_decay)
+    return stage_of(schedule, step) + ("" if observed or schedule.stage(step) == "recovery" else AT_REST)
 
 
 def optimizer_steps(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """The optimizer's step over that of the AdamW that it wraps, stage by stage; nothing is shrunk."""
+    """
+    The optimizer's step over that of the AdamW that it wraps, stage by stage; nothing is shrunk. Saliency is gathered
+    in every other step.
+    """
     models = [make_model(options.size, options.device) for _ in range(2)]
     base = AdamW(models[0].parameters(), **RATES)
     inner = AdamW(models[1].named_parameters(), **RATES)
-    pruning = HSPG(inner, partition(models[1]), OTOConfig(target_sparsity=options.targets[0]), options.steps)
+    config = OTOConfig(target_sparsity=options.targets[0], saliency_interval=2)
+    pruning = HSPG(inner, partition(models[1]), config, options.steps)
     times = defaultdict(list)
     for _ in range(options.steps):
         for model in models:  # short sequences: the step does not depend on them
             backward(model, batch(2, 16, options.device), options.bf16)
-        stage = stage_of(pruning)
+        stage = looked_at(pruning.schedule, pruning.steps_done, config)
         times[stage].append((seconds(base.step, options.device), seconds(pruning.step, options.device)))
         for optimizer in (base, pruning):
             optimizer.zero_grad()
@@ -111,6 +125,18 @@ def optimizer_steps(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         }
         for stage, pairs in times.items()
     }
+
+
+def mean_steps(options: argparse.Namespace, steps: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The mean step of every stage of a training of `run_steps` steps with the default settings; NaN where too few
+    steps were taken to measure it."""
+    config = OTOConfig(target_sparsity=options.targets[0])
+    schedule = Schedule.from_config(config, options.run_steps)
+    ratios = defaultdict(list)
+    for step in range(options.run_steps):
+        measured = steps.get(looked_at(schedule, step, config), {"ratio": math.nan})
+        ratios[stage_of(schedule, step)].append(measured["ratio"])
+    return {stage: statistics.mean(found) for stage, found in ratios.items()}
 
 
 def whole_runs(options: argparse.Namespace, target: float) -> dict[str, float]:
@@ -223,7 +249,7 @@ def optimizer_memory(options: argparse.Namespace) -> dict[str, dict[str, float]]
     live, gone = LiveBytes(), 0.0
     zero = {(array.layer, array.kind): torch.zeros(array.count, dtype=torch.bool) for array in arrays}
     for _ in range(options.steps):
-        numbers, live.peak = found[stage_of(pruning)], live.now
+        numbers, live.peak = found[stage_of(pruning.schedule, pruning.steps_done)], live.now
         with live:
             pruning.step()
         numbers["kept"], numbers["peak"] = max(numbers["kept"], live.now), max(numbers["peak"], live.peak)
@@ -298,9 +324,10 @@ def result_table(numbers: dict[str, Any]) -> Table:
     table = Table(title="Ratios to plain training of the same steps")
     table.add_column("what")
     table.add_column("ratio", justify="right")
-    for stage in STAGES:
-        if stage in numbers["optimizer_step"]:
-            table.add_row(f"optimizer's step, {stage}", f"{numbers['optimizer_step'][stage]['ratio']:.2f}")
+    for stage, measured in numbers["optimizer_step"].items():
+        table.add_row(f"optimizer's step, {stage}", f"{measured['ratio']:.2f}")
+    for stage, ratio in numbers["mean_steps"].items():
+        table.add_row(f"the same, mean in {stage} of {numbers['options']['run_steps']} steps", f"{ratio:.2f}")
     for target, run in numbers["runs"].items():
         table.add_row(f"whole step, {float(target):.0%}, before shrinking", f"{run['step_before_shrinking']:.2f}")
         table.add_row(f"whole step, {float(target):.0%}, at the target", f"{run['step_at_the_target']:.2f}")
@@ -327,7 +354,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         },
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "optimizer_step": optimizer_steps(options),
+        "optimizer_step": (steps := optimizer_steps(options)),
+        "mean_steps": mean_steps(options, steps),
         "runs": {str(target): whole_runs(options, target) for target in options.targets},
         "taught_step": taught_step(options),
         "memory": memory(options),
