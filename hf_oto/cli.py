@@ -229,7 +229,10 @@ def compress(
     if out.exists() and not out.is_dir():
         raise ValueError(f"OUT {out} is a file. Choose a folder that does not exist.")
     model = _load(checkpoint, _config(checkpoint))
-    before, summary = partition(model), summarize(model)
+    written = _file(checkpoint, OTO_CONFIG_NAME)
+    settings = OTOConfig() if written is None else OTOConfig.from_pretrained(Path(written).parent)
+    summary = summarize(model, sequence_length=settings.macs_sequence_length, latency_table=settings.latency_table)
+    before = partition(model)
     zeros = before.num_groups - sum(summary.heads) - sum(summary.neurons)
     if not zeros:
         raise ValueError(

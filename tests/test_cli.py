@@ -275,6 +275,15 @@ def test_compress_says_what_went_and_takes_an_empty_folder(tmp_path):
     )
 
 
+def test_compress_counts_as_the_settings_of_the_run_do(tmp_path):
+    model, table = saved(tmp_path / "checkpoint", zeros=True), made_table(partition(tiny_model(BERT)))
+    config = OTOConfig(macs_sequence_length=17, target_unit="latency", latency_table=table)
+    config.save_pretrained(tmp_path / "checkpoint")
+    expected = summarize(model, sequence_length=17, latency_table=table).to_dict()
+    found = answered("compress", tmp_path / "checkpoint", tmp_path / "small")
+    assert found == found | expected and 0 < found["latency"] < found["dense_latency"]
+
+
 def test_compress_prunes_a_pruned_model_further(tmp_path):
     model = tiny_model(BERT)
     zero_uneven(model)
