@@ -49,6 +49,20 @@ def test_the_mean_step_counts_those_at_rest():
     assert math.isnan(cost.mean_steps(options, {"warmup": {"ratio": 2.0}})["warmup"])
 
 
+def test_a_stopped_benchmark_leaves_what_it_measured(tmp_path, monkeypatch):
+    def stopped(options, target):
+        if target == 0.7:
+            raise KeyboardInterrupt
+        return {"run": 0.5}
+
+    monkeypatch.setattr(cost, "optimizer_steps", lambda options: {"recovery": {"ratio": 1.0}})
+    monkeypatch.setattr(cost, "whole_runs", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cost.main(["--output", str(tmp_path / "cost.json")])
+    left = json.loads((tmp_path / "cost.json").read_text(encoding="utf-8"))
+    assert left["runs"] == {"0.5": {"run": 0.5}} and left["optimizer_step"] == {"recovery": {"ratio": 1.0}}
+
+
 def test_the_growth_with_the_model_is_measured(tmp_path, capsys):
     options = [
         "--sizes",

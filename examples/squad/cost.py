@@ -354,15 +354,19 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         },
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "optimizer_step": (steps := optimizer_steps(options)),
-        "mean_steps": mean_steps(options, steps),
-        "runs": {str(target): whole_runs(options, target) for target in options.targets},
-        "taught_step": taught_step(options),
-        "memory": memory(options),
-        "optimizer_memory": optimizer_memory(options),
-        "once": once(options),
+        "runs": {},
     }
-    write_json(options.output, numbers)
+
+    def add(part: dict[str, Any], name: str, found: Any) -> None:  # large models take long: what is known is written
+        part[name] = found
+        write_json(options.output, numbers)
+
+    add(numbers, "optimizer_step", optimizer_steps(options))
+    add(numbers, "mean_steps", mean_steps(options, numbers["optimizer_step"]))
+    for target in options.targets:
+        add(numbers["runs"], str(target), whole_runs(options, target))
+    for measure in (taught_step, memory, optimizer_memory, once):
+        add(numbers, measure.__name__, measure(options))
     console.print(result_table(numbers))
     console.print(json.dumps(numbers["once"]), highlight=False, soft_wrap=True)
     return numbers
