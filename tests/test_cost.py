@@ -46,7 +46,7 @@ def test_the_mean_step_counts_those_at_rest():
     # Periods of 495 steps: the selection, 267 steps at rest and 227 before the next; after the last one all are.
     assert means["pruning"] == pytest.approx((9 * (267 + 5 * 227) + 494) / (10 * 494))
     assert (means["selection"], means["recovery"]) == (9.0, 0.5)
-    assert math.isnan(cost.mean_steps(options, {"warmup": {"ratio": 2.0}})["warmup"])
+    assert cost.mean_steps(options, {"warmup": {"ratio": 2.0}, "recovery": {"ratio": 0.5}}) == {"recovery": 0.5}
 
 
 def test_a_stopped_benchmark_leaves_what_it_measured(tmp_path, monkeypatch):

@@ -128,15 +128,15 @@ def optimizer_steps(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def mean_steps(options: argparse.Namespace, steps: dict[str, dict[str, float]]) -> dict[str, float]:
-    """The mean step of every stage of a training of `run_steps` steps with the default settings; NaN where too few
-    steps were taken to measure it."""
+    """The mean step of every stage of a training of `run_steps` steps with the default settings, if all its kinds of
+    steps were measured."""
     config = OTOConfig(target_sparsity=options.targets[0])
     schedule = Schedule.from_config(config, options.run_steps)
     ratios = defaultdict(list)
     for step in range(options.run_steps):
         measured = steps.get(looked_at(schedule, step, config), {"ratio": math.nan})
         ratios[stage_of(schedule, step)].append(measured["ratio"])
-    return {stage: statistics.mean(found) for stage, found in ratios.items()}
+    return {stage: statistics.mean(found) for stage, found in ratios.items() if not math.isnan(sum(found))}
 
 
 def whole_runs(options: argparse.Namespace, target: float) -> dict[str, float]:
