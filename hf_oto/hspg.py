@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from . import budget
 from .config import OTOConfig
 from .groups import GroupArray, Partition
-from .parts import Part, check_sharding, from_first_rank, local, parts_of, sum_over_shards
+from .parts import Part, Reading, check_sharding, from_first_rank, local, marks_of, parts_of, sum_over_shards
 from .saliency import mask_derivatives, saliency_of, update_saliency
 from .schedule import Schedule
 
@@ -151,6 +151,7 @@ class HSPG(Optimizer):
         self._micro_steps = 0
         self._gathered: Tensor | None = None  # derivatives of the gradients gathered so far in this step
         self._acting: list[Part] | None = None  # parts of the groups that the penalty acts on
+        self._reading: Reading | None = None  # what they were left with by the last step
         self._frozen: list[Part] | None = None  # parts of the groups that are zero
         self._settled = False  # whether they stay zero by themselves
         self._checked = False  # whether the parameters are sharded in a way that is supported
@@ -475,8 +476,10 @@ class HSPG(Optimizer):
         if step == 0:
             self._check_state()
         if read:
-            self._project(acting, *read, step)
+            self._project(acting, read, step)
         self._keep_zero()
+        if self._reading:
+            self._reading.marks = marks_of(acting)
         self._first_group[_STEP] = step + 1
         return loss
 
@@ -591,29 +594,36 @@ class HSPG(Optimizer):
         if type(self.base_optimizer) in _ELEMENTWISE:
             self._settled, self._frozen = True, None
 
-    def _read(self, parts: list[Part]) -> tuple[list[Tensor], Tensor]:
-        """What the parts hold on this rank, and ‖x_g‖² of each group, summed up part by part while it is cached."""
+    def _read(self, parts: list[Part]) -> Reading:
+        """What the parts hold, if need be read anew, and summed up part by part while it is cached."""
+        kept, self._reading = self._reading, None
+        if kept and kept.marks == marks_of(parts):
+            return kept
         count = self._num_groups if self.config.target_sparsity is None else self._count(REDUNDANT)
-        sq_norm_A, values = torch.zeros(count, device=self._first_group[_STATUS].device), []
+        reading = Reading([], torch.zeros(count, device=self._first_group[_STATUS].device))
         for part in parts:
-            values.append(part.read())
-            part.add_sums(sq_norm_A, values[-1].float().square())
-        sum_over_shards(sq_norm_A, [part.parameter for part in parts])
-        return values, sq_norm_A
+            reading.add(part, part.read())
+        sum_over_shards(reading.sq_norm_A, [part.parameter for part in parts])
+        return reading
 
-    def _project(self, parts: list[Part], before: list[Tensor], sq_norm_A: Tensor, step: int) -> None:
+    def _project(self, parts: list[Part], before: Reading, step: int) -> None:
         """
         Penalty, half-space test and projection, after the base optimizer's step.
 
         The trial iterate is written where it will stay, before it is known which groups are projected: beside the
-        weights there is one copy of those acted on, `before`, which this uses up part by part.
+        weights there is one copy of those acted on, `before`, which this uses up part by part. With a target, on a
+        CPU, what is written takes its place: to read columns again takes longest of all there.
         """
-        dot_A = torch.zeros_like(sq_norm_A)  # ⟨x̂_g, x_g⟩
+        dot_A = torch.zeros_like(before.sq_norm_A)  # ⟨x̂_g, x_g⟩
         published = self.config.target_sparsity is None
+        period_ends = not published and self.schedule.steps_left(step) == 1
+        whole_on_cpu = all(part.parameter.is_cpu and not isinstance(part.parameter, DTensor) for part in parts)
+        keeps = whole_on_cpu and not published and not period_ends
+        after = Reading([], torch.zeros_like(before.sq_norm_A))
         if published:
-            inverse_norm_A = sq_norm_A.sqrt().reciprocal().nan_to_num(posinf=0.0)
+            inverse_norm_A = before.sq_norm_A.sqrt().reciprocal().nan_to_num(posinf=0.0)
         for part in parts:
-            x = before.pop(0)
+            x = before.values.pop(0)
             factor: Tensor | float
             if published:
                 factor = part.along(inverse_norm_A).to(x.dtype) * (part.group["lr"] * self.config.lmbda)
@@ -622,19 +632,25 @@ class HSPG(Optimizer):
             trial = penalized(part.read(), x, factor)
             part.write(trial)
             part.add_sums(dot_A, x.mul_(trial) if x.dtype == torch.float32 else trial.float() * x.float())
-            del x, trial
+            del x
+            if keeps:
+                after.add(part, trial)
+            del trial
         sum_over_shards(dot_A, [part.parameter for part in parts])
 
-        period_ends = not published and self.schedule.steps_left(step) == 1
-        zero_A = outside_half_space(dot_A, sq_norm_A, self.config.epsilon)
+        zero_A = outside_half_space(dot_A, before.sq_norm_A, self.config.epsilon)
         if published and self.stage == "warmup":
-            zero_A = sq_norm_A == 0
+            zero_A = before.sq_norm_A == 0
         if period_ends:
             for part in parts:
                 part.clear()
         elif bool(zero_A.any()):
-            for part in parts:
-                part.write(part.read().masked_fill_(part.along(zero_A), 0))
+            for index, part in enumerate(parts):
+                trial = after.values[index] if keeps else part.read()
+                part.write(trial.masked_fill_(part.along(zero_A), 0))
+            after.sq_norm_A.masked_fill_(zero_A, 0)
+        if keeps:
+            self._reading = after
         if published:
             self._first_group[_STATUS].masked_fill_(zero_A, ZERO)
         elif period_ends:

@@ -6,7 +6,7 @@ Shapes: `G` groups of one array, `A` a set of groups over several arrays, `P` po
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from .groups import GroupArray
+
+# Entries that torch writes by one thread on a CPU. In some processes, by chance, it scatters ten times slower by two.
+_SERIAL = 2**15 - 1
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Part:
         dim (`int`): The dim along which the groups lie.
         positions_P (`Tensor`): Where they lie on this rank, int64.
         owners_P (`Tensor`): Whose each position is: index into the set of groups, int64.
+        rows (`slice`, *optional*): Which rows of it are meant, where the groups lie along columns. All by default.
     """
 
     parameter: Tensor
@@ -35,29 +39,43 @@ class Part:
     dim: int
     positions_P: Tensor
     owners_P: Tensor
+    rows: slice | None = None
+
+    @property
+    def _own(self) -> Tensor:
+        return local(self.parameter) if self.rows is None else local(self.parameter)[self.rows]
 
     def read(self) -> Tensor:
-        return local(self.parameter).index_select(self.dim, self.positions_P)
+        return self._own.index_select(self.dim, self.positions_P)
 
     def write(self, values: Tensor) -> None:
+        own, count = self._own, self.positions_P.numel()
         if self.dim == 1:  # a third of what `index_copy_` takes along columns
-            local(self.parameter).scatter_(1, self.positions_P.expand_as(values), values)
+            height = max(1, _SERIAL // max(1, count) if own.is_cpu else own.shape[0])
+            for rows, given in zip(own.split(height), values.split(height), strict=True):
+                rows.scatter_(1, self.positions_P.expand_as(given), given)
         else:
-            local(self.parameter).index_copy_(self.dim, self.positions_P, values)
+            own.index_copy_(self.dim, self.positions_P, values)
 
     def split(self, entries: int) -> list[Part]:
-        """The same in parts of about so many entries, or of one position where that has more."""
-        own = local(self.parameter)
-        of_each = own.numel() // own.shape[self.dim] if own.numel() else 1
-        count = self.positions_P.numel()
-        pieces = max(1, min(count, -(-count * of_each // entries)))
+        """
+        The same row by row, in parts of about so many entries. Columns that are read one after the other pull the
+        whole matrix through the cache each; of some rows all that was read is still there when it is written.
+        """
+        own, count = local(self.parameter), self.positions_P.numel()
+        if not own.numel() or not count:
+            return [self]
+        if self.dim == 1:
+            height = max(1, entries // count)
+            return [replace(self, rows=slice(first, first + height)) for first in range(0, own.shape[0], height)]
+        pieces = min(count, -(-count * (own.numel() // own.shape[0]) // entries))
         pairs = zip(self.positions_P.tensor_split(pieces), self.owners_P.tensor_split(pieces), strict=True)
         return [replace(self, positions_P=positions_P, owners_P=owners_P) for positions_P, owners_P in pairs]
 
     def clear(self, state: dict[Any, dict[str, Any]] | None = None) -> None:
         """Set the weights to zero, or what the optimizer keeps for each of them."""
         if state is None:
-            local(self.parameter).index_fill_(self.dim, self.positions_P, 0)
+            self._own.index_fill_(self.dim, self.positions_P, 0)
             return
         kept, last = state.get(self.parameter, {}), self.parameter.dim()
         for name, tensor in kept.items():
@@ -75,6 +93,30 @@ class Part:
         """Add each group's sum of entries. The sum down to one vector comes first: sharded rows are uneven."""
         sums_P = values.float() if values.dim() == 1 else values.sum(dim=1 - self.dim, dtype=torch.float32)
         sums_A.index_add_(0, self.owners_P, sums_P)
+
+
+@dataclass
+class Reading:
+    """What parts hold at one time.
+
+    Args:
+        values (`list[Tensor]`): Their entries, in the parts' order.
+        sq_norm_A (`Tensor`): ‖x_g‖² of each group, on this rank: float32.
+        marks (`list[tuple[int, int]]`): [`marks_of`] the parts at that time.
+    """
+
+    values: list[Tensor]
+    sq_norm_A: Tensor
+    marks: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, part: Part, values: Tensor) -> None:
+        self.values.append(values)
+        part.add_sums(self.sq_norm_A, values.float().square())
+
+
+def marks_of(parts: Iterable[Part]) -> list[tuple[int, int]]:
+    """Where the parts' parameters lie, and how often they were written to: others, once somebody else has written."""
+    return [(part.parameter.data_ptr(), part.parameter._version) for part in parts]
 
 
 def _zero_of(state: Mapping[str, Any], name: str) -> Tensor | int:

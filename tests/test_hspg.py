@@ -403,12 +403,18 @@ def test_what_is_acted_on_in_pieces_is_what_is_acted_on_at_once(published, monke
 
 
 def test_a_part_is_split_into_pieces_of_so_many_entries():
-    matrix = torch.zeros(6, 10)
-    part = Part(matrix, {}, 1, torch.tensor([0, 2, 3, 7, 9]), torch.arange(5))
+    part = Part(torch.zeros(10, 6), {}, 0, torch.tensor([0, 2, 3, 7, 9]), torch.arange(5))
     pieces = part.split(12)
     assert [piece.positions_P.tolist() for piece in pieces] == [[0, 2], [3, 7], [9]]
     assert [piece.owners_P.tolist() for piece in pieces] == [[0, 1], [2, 3], [4]]
     assert [len(piece.positions_P) for piece in part.split(1)] == [1] * 5
+    columns = Part(torch.arange(60).view(6, 10), {}, 1, torch.tensor([0, 2, 3, 7, 9]), torch.arange(5))
+    assert [piece.read().tolist() for piece in columns.split(12)] == [
+        [[0, 2, 3, 7, 9], [10, 12, 13, 17, 19]],
+        [[20, 22, 23, 27, 29], [30, 32, 33, 37, 39]],
+        [[40, 42, 43, 47, 49], [50, 52, 53, 57, 59]],
+    ]
+    assert [len(piece.read()) for piece in columns.split(1)] == [1] * 6
     nothing = torch.zeros(0, dtype=torch.int64)  # of a shard without rows
     assert len(Part(torch.zeros(0, 10), {}, 0, nothing, nothing).split(12)) == 1
 
@@ -491,6 +497,60 @@ def test_a_redundant_group_shrinks_to_zero_in_a_line():
         for group in redundant:
             for part, old in zip(owned(model, array, group), before[group], strict=True):
                 assert torch.allclose(part, old * (1 - (step + 1) / 9), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("how", ["in place", "other memory"])
+def test_weights_that_somebody_else_writes_are_read_again(how):
+    """Between two steps of a period every weight doubles: ‖x_g‖ goes on from there in a line."""
+    config = OTOConfig(pruning_periods=2, **SMALL)
+    model, optimizer = model_and_optimizer("BertForQuestionAnswering", config, lr=0.0)
+    train(model, optimizer, 8)
+    parameters = dict(model.named_parameters())
+    array = optimizer.partition.arrays[1]
+    before = {group: [2 * part for part in owned(model, array, group)] for group in range(array.count)}
+    with torch.no_grad():
+        for parameter in parameters.values():
+            if how == "in place":
+                parameter.mul_(2)
+            else:
+                parameter.data = 2 * parameter
+    train(model, optimizer, 1, first=8)
+    redundant = (status(optimizer)[0, "neurons"] == REDUNDANT).nonzero().flatten().tolist()
+    assert redundant  # seven steps were left
+    for group in redundant:
+        for part, old in zip(owned(model, array, group), before[group], strict=True):
+            assert torch.allclose(part, old * 6 / 7, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.8])
+def test_what_the_last_step_left_is_what_would_be_read(epsilon, monkeypatch):
+    """Also where groups left their half-space: at step 9 all weights change sign, six steps before the period ends."""
+    runs = []
+    for read_anew in (False, True):
+        if read_anew:
+            monkeypatch.setattr(hspg, "marks_of", lambda parts: object())
+        config = OTOConfig(pruning_periods=2, epsilon=epsilon, **SMALL)
+        model, optimizer = model_and_optimizer("BertForQuestionAnswering", config, base=torch.optim.SGD, lr=2.0)
+        counts = []
+        for step in range(14):
+            torch.manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = parameter.detach().clone() if step == 9 else 0.01 * torch.randn_like(parameter)
+            optimizer.step()
+            counts.append(sum(int(mask.sum()) for mask in zeroed(model).values()))
+        runs.append((counts, weights(model)))
+    (counts, kept), (others, read) = runs
+    assert counts == others and counts[8] == 0 and 0 < counts[9] <= counts[13]
+    assert all(torch.equal(kept[key], read[key]) for key in read)
+
+
+def test_columns_of_a_large_matrix_are_written_in_their_places():
+    torch.manual_seed(0)
+    matrix = torch.randn(300, 400)
+    expected, positions_P = matrix.clone(), torch.randperm(400)[:250]
+    expected[:, positions_P] = values = torch.randn(300, 250)
+    Part(matrix, {}, 1, positions_P, torch.arange(250)).write(values)
+    assert torch.equal(matrix, expected)
 
 
 def test_a_group_outside_its_half_space_goes_at_once():
