@@ -115,7 +115,10 @@ class Reading:
 
 
 def marks_of(parts: Iterable[Part]) -> list[tuple[int, int]]:
-    """Where the parts' parameters lie, and how often they were written to: others, once somebody else has written."""
+    """
+    Where the parts' parameters lie, and how often they were written to: others, once somebody else has written, unless
+    it was in place through `.data`, which torch does not count.
+    """
     return [(part.parameter.data_ptr(), part.parameter._version) for part in parts]
 
 
