@@ -91,8 +91,10 @@ def test_a_tiny_frontier_from_end_to_end(tmp_path, capfd):
     shown = capfd.readouterr().out
     assert "F1 kept" in shown and (tmp_path / "out" / "frontier.png").is_file()
     (taught,) = (command for command in shown.splitlines() if "hspg+teacher-0.5-0" in command and "$" in command)
-    for option in ("--teacher_name_or_path", "--model_name_or_path"):
-        assert taught.rpartition(f"{option} ")[2].startswith(f"{tmp_path}/out/dense-0 ")  # the last one counts
+    dense = f"{tmp_path}/out/dense-0"
+    expected = {"teacher_name_or_path": dense, "model_name_or_path": dense, "hidden_state_weight": "10"}
+    for option, value in {**expected, "lr_scheduler_type": "warmup_stable_decay"}.items():
+        assert taught.rpartition(f"--{option} ")[2].split()[0] == value  # the last one counts
     sizes = {one["method"]: one["encoder_parameters"] for one in lines}
     blocks = 4 * 4 * 128 * 129 + 4 * (2 * 128 * 512 + 640 + 4 * 128)
     assert sizes["dense"] == blocks

@@ -43,6 +43,10 @@ METHODS = {
 }
 DISTILLED = {f"{name}+teacher": f"{METHODS[name]}, with a teacher" for name in ("hspg", "magnitude", "layers")}
 
+# What won in long runs at every size (README.md): the teacher is as wide as the student, and may be learnt from by its
+# hidden states; and the learning rate stays at its peak until the target is reached.
+TAUGHT_OPTIONS = ["--hidden_state_weight", "10", "--lr_scheduler_type", "warmup_stable_decay"]
+
 
 @dataclass(frozen=True)
 class Run:
@@ -140,7 +144,7 @@ class Frontier:
             options += ["--model_name_or_path", str(self._with_first_blocks(run, options))]
             options += ["--compress", "--target_sparsity", "0"] if taught else []
         if taught:
-            options += ["--teacher_name_or_path", str(self._dense(run.seed))]
+            options += ["--teacher_name_or_path", str(self._dense(run.seed)), *TAUGHT_OPTIONS]
         return run_squad(self.folder / str(run), *options, "--overwrite_output_dir")
 
     def _dense(self, seed: int) -> Path:
