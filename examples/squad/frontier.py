@@ -301,7 +301,8 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
         panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("F1 kept")
-    panels[1].legend(fontsize="small")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(METHODS), fontsize="small")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
