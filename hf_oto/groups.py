@@ -37,8 +37,8 @@ class Owned:
 
     def positions(self, count: int, groups: Tensor) -> Tensor:
         """Where some of `count` groups lie along the dim: block by block, group by group, int64."""
-        starts = torch.tensor(self.blocks)[:, None, None] * (count * self.width) + groups[:, None] * self.width
-        return (starts + torch.arange(self.width)).flatten()
+        blocks, within = torch.tensor(self.blocks, device=groups.device), torch.arange(self.width, device=groups.device)
+        return (blocks[:, None, None] * (count * self.width) + groups[:, None] * self.width + within).flatten()
 
 
 @dataclass(frozen=True)
