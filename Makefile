@@ -15,7 +15,7 @@ test: $(READY)
 
 # Fifty runs killed, at any moment and in the middle of what they write, and resumed; some minutes.
 soak: $(READY)
-	$(BIN)/python tests/soak.py $(ARGS)
+	$(BIN)/python tests/helpers/soak.py $(ARGS)
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

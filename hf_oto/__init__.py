@@ -1,13 +1,13 @@
 """Train a Transformers model once and get a smaller, faster one out of it."""
 
-from .answering import QuestionAnswerer
 from .config import OTOConfig
-from .groups import partition
-from .hspg import HSPG
-from .measuring import measure_latency
-from .report import plot_run, summarize
-from .surgery import compress, gather, shrink
-from .trainer import OTOTrainer
+from .deploy.answering import QuestionAnswerer
+from .deploy.latency_tables import measure_latency
+from .hspg.optimizer import HSPG
+from .models.groups import partition
+from .models.surgery import compress, gather, shrink
+from .report.summary import plot_run, summarize
+from .training.trainer import OTOTrainer
 
 __all__ = [
     "HSPG",

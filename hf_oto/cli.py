@@ -21,21 +21,21 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, logging
 from typer.core import TyperGroup
 
-from . import benchmark, modeling
-from .answering import OnnxAnswerer, QuestionAnswerer
-from .architectures import BLOCK_SPECS, PRUNED_PREFIX, dense_model_type, refusal
-from .budget import allowance, check_target, reach, target_examples
 from .config import CONFIG_NAME as OTO_CONFIG_NAME
-from .config import OTOConfig
-from .contexts import folder_beside
-from .exporting import check_packages, export_onnx
-from .groups import partition
-from .inputs import check_tokens
-from .latency import LatencyTable
-from .measuring import measure_latency
-from .report import markdown_table, plain_text, summarize, summarize_kept
-from .scoring import read_questions, squad_scores
-from .surgery import compress as cut
+from .config import LatencyTable, OTOConfig
+from .deploy import benchmark
+from .deploy.answering import OnnxAnswerer, QuestionAnswerer
+from .deploy.latency_tables import measure_latency
+from .deploy.onnx_export import check_packages, export_onnx
+from .deploy.squad_scoring import read_questions, squad_scores
+from .hspg.budget import allowance, check_target, reach, target_examples
+from .models import modeling
+from .models.architectures import BLOCK_SPECS, PRUNED_PREFIX, dense_model_type, refusal
+from .models.folders import folder_beside
+from .models.groups import partition
+from .models.surgery import compress as cut
+from .models.trial_inputs import check_tokens
+from .report.summary import markdown_table, plain_text, summarize, summarize_kept
 
 # Of the supported families' tokenizers, whole or in parts.
 TOKENIZER_FILES = (

@@ -23,8 +23,9 @@ from hypothesis import settings  # noqa: E402
 
 torch.set_num_threads(1)
 
-# The example's files are scripts that import each other, no package.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "squad"))
+# The example's files are scripts that import each other, no package; so are the tests' helpers.
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS / "helpers"), str(TESTS.parent / "examples" / "squad")]
 
 # A busy machine is no failure (deadline), and a run finds what the last one found (derandomize).
 settings.register_profile("hf_oto", deadline=None, derandomize=True)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_oto.config import CONFIG_NAME, SALIENCIES, STRUCTURES, TARGET_UNITS, OTOConfig
-from hf_oto.groups import partition
+from hf_oto.models.groups import partition
 
 NAN = math.nan
 share = st.floats(0, 1, exclude_max=True)

@@ -29,8 +29,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForQuestionAnswering
 
 from hf_oto import HSPG, OTOConfig, compress, partition, shrink
-from hf_oto.distillation import logits_loss
-from hf_oto.schedule import Schedule
+from hf_oto.hspg.schedule import Schedule
+from hf_oto.training.distillation import logits_loss
 
 SIZES = {
     "tiny": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512},

@@ -18,8 +18,8 @@ from rich.table import Table
 from transformers import BertConfig, BertForQuestionAnswering, PreTrainedModel
 
 from hf_oto import OTOConfig, measure_latency, partition
-from hf_oto.budget import removed_cost, target_examples
-from hf_oto.surgery import keep_groups
+from hf_oto.hspg.budget import removed_cost, target_examples
+from hf_oto.models.surgery import keep_groups
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -19,8 +19,8 @@ from torch.optim import AdamW
 from transformers import BertConfig, BertModel
 
 from hf_oto import HSPG, OTOConfig, partition
-from hf_oto.budget import allowance, dense_cost, floor_and_multiple, group_cost, select_groups
-from hf_oto.groups import Partition
+from hf_oto.hspg.budget import allowance, dense_cost, floor_and_multiple, group_cost, select_groups
+from hf_oto.models.groups import Partition
 
 ENCODERS = {
     **SIZES,

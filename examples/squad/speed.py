@@ -19,7 +19,7 @@ from rich.table import Table
 from transformers import BertConfig, BertForQuestionAnswering
 
 from hf_oto import OTOConfig
-from hf_oto.benchmark import BACKENDS, Measurement, measure
+from hf_oto.deploy.benchmark import BACKENDS, Measurement, measure
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

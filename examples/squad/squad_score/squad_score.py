@@ -9,7 +9,7 @@ although their question still counts as one that has an answer.
 import datasets
 import evaluate
 
-from hf_oto.scoring import exact_match, f1, normalize
+from hf_oto.deploy.squad_scoring import exact_match, f1, normalize
 
 
 def score_v1(predictions, golds):

@@ -1,0 +1,192 @@
+"""Latency of two models side by side."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..models.trial_inputs import example_batch, longest_input
+from ..report.summary import summarize
+from .onnx_export import check_packages, export_onnx, inference_session
+from .threads import using_threads
+
+BACKENDS = ("eager", "compile", "onnx", "onnx-int8")
+ONNX_BACKENDS = {"onnx", "onnx-int8"}
+
+Run = Callable[[dict[str, Tensor]], Any]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one batch: the median, the lower and the upper quartile."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """
+    Two models on batches of one size.
+
+    Args:
+        backend (`str`): `"eager"`, `"compile"`, `"onnx"` or `"onnx-int8"`.
+        batch_size, length (`int`): Sequences of a batch, and tokens of each.
+        threads (`int`): Threads of one operation.
+        dense, pruned ([`Latency`]): What a batch takes.
+        macs_ratio (`float`):
+            MACs of the dense model's blocks over the pruned one's, at this length. What pruning leaves alone
+            (embeddings, LayerNorms, task heads) takes as long as before, so a latency ratio cannot go beyond it, but
+            for noise and what fits into caches.
+    """
+
+    backend: str
+    batch_size: int
+    length: int
+    threads: int
+    dense: Latency
+    pruned: Latency
+    macs_ratio: float
+
+    @property
+    def latency_ratio(self) -> float:
+        """Of the medians: dense over pruned."""
+        return self.dense.median / self.pruned.median
+
+    def throughput(self, latency: Latency) -> float:
+        """Sequences per second at a latency's median."""
+        return 1000 * self.batch_size / latency.median
+
+
+def measure(
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    *,
+    backends: Sequence[str] = ("eager",),
+    batch_sizes: Sequence[int] = (1,),
+    lengths: Sequence[int] = (128,),
+    threads: int | None = None,
+    repeats: int = 30,
+    warmup: int = 3,
+) -> Iterator[Measurement]:
+    """
+    Time two models on the same random batches, without padding, on the CPU. The runs of the two take turns, so that
+    what slows the machine down slows both.
+
+    Args:
+        dense, pruned ([`PreTrainedModel`]): On the CPU.
+        backends (`Sequence[str]`):
+            Of `"eager"`, `"compile"` (`torch.compile`), `"onnx"` (ONNX Runtime, float32) and `"onnx-int8"` (the same,
+            quantized as [`~hf_oto.deploy.onnx_export.export_onnx`] does it).
+        batch_sizes, lengths (`Sequence[int]`): Every backend is timed on every combination.
+        threads (`int`, *optional*): Threads of one operation. By default torch's own number.
+        repeats (`int`, *optional*, defaults to 30): Runs of each model that count.
+        warmup (`int`, *optional*, defaults to 3): Runs before them.
+
+    Returns:
+        `Iterator[Measurement]`: One after another, as they are done.
+
+    Raises:
+        `ValueError`: A backend is unknown, a number is too small, or a model does not read so many tokens, or none.
+        `ImportError`: A package that ONNX needs is not installed.
+    """
+    for backend in backends:
+        if backend not in BACKENDS:
+            raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    for name, values in (
+        ("batch_size", batch_sizes),
+        ("length", lengths),
+        ("threads", [] if threads is None else [threads]),
+        ("repeats", [repeats]),
+        ("warmup", [warmup]),
+    ):
+        if any(value < 1 for value in values):
+            raise ValueError(f"`{name}` must be at least 1, got {min(values)}.")
+    longest = min(longest_input(dense), longest_input(pruned))
+    if lengths and max(lengths) > longest:
+        raise ValueError(f"`length` must be at most {longest}, what both models read, got {max(lengths)}.")
+    if ONNX_BACKENDS.intersection(backends):
+        check_packages()
+    return _measurements((dense, pruned), backends, batch_sizes, lengths, threads, repeats, warmup)
+
+
+def _measurements(
+    models: tuple[PreTrainedModel, PreTrainedModel],
+    backends: Sequence[str],
+    batch_sizes: Sequence[int],
+    lengths: Sequence[int],
+    threads: int | None,
+    repeats: int,
+    warmup: int,
+) -> Iterator[Measurement]:
+    macs = {length: [summarize(model, sequence_length=length).macs for model in models] for length in lengths}
+    with ExitStack() as stack:
+        number = stack.enter_context(using_threads(threads))
+        for model in models:
+            model.eval()
+        for backend in backends:
+            sessions = (
+                _sessions(models, number, stack, int8=backend == "onnx-int8") if backend in ONNX_BACKENDS else []
+            )
+            for length in lengths:
+                for batch_size in batch_sizes:
+                    batches = [example_batch(model, batch_size, length, padded=False) for model in models]
+                    runs = sessions or [_runner(model, backend) for model in models]
+                    times = _timed(runs, batches, repeats, warmup)
+                    dense, pruned = (_latency(own) for own in times)
+                    before, after = macs[length]
+                    ratio = before / after if after else float("inf")
+                    yield Measurement(backend, batch_size, length, number, dense, pruned, ratio)
+
+
+def _sessions(models: Sequence[PreTrainedModel], threads: int, stack: ExitStack, *, int8: bool) -> list[Run]:
+    """Both models in ONNX Runtime; their files go when the stack closes."""
+    folder = Path(stack.enter_context(TemporaryDirectory()))
+    sessions = []
+    for index, model in enumerate(models):
+        export_onnx(model, folder / f"{index}.onnx", int8=int8)
+        sessions.append(_session_runner(inference_session(folder / f"{index}.onnx", threads)))
+    return sessions
+
+
+def _session_runner(session: Any) -> Run:
+    return lambda batch: session.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
+
+
+def _runner(model: PreTrainedModel, backend: str) -> Run:
+    forward: Any = model
+    if backend == "compile":
+        torch.compiler.reset()  # or the limit of recompilations makes later sizes eager, in silence
+        forward = torch.compile(model, dynamic=False)
+    return lambda batch: forward(**batch)
+
+
+@torch.inference_mode()
+def _timed(runs: Sequence[Run], batches: Sequence[dict[str, Tensor]], repeats: int, warmup: int) -> list[list[float]]:
+    """Milliseconds of every run that counts, model by model."""
+    times: list[list[float]] = [[] for _ in runs]
+    for repeat in range(-warmup, repeats):
+        # The one that goes second finds the caches as the first left them: each goes first as often.
+        order = range(len(runs)) if repeat % 2 else reversed(range(len(runs)))
+        for index in order:
+            start = time.perf_counter()
+            runs[index](batches[index])
+            if repeat >= 0:
+                times[index].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def _latency(times: Sequence[float]) -> Latency:
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
+    return Latency(statistics.median(times), low, high)

@@ -1,0 +1,249 @@
+"""Measure what heads and neurons cost on a device: blocks of many sizes, timed in turns inside whole forwards.
+
+Shapes: `M` blocks that are timed, `K` unknowns.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..config import LatencyTable
+from ..models.architectures import BLOCK_SPECS, PRUNED_PREFIX
+from ..models.groups import Partition, partition
+from ..models.sharding import is_sharded
+from ..models.surgery import keep_groups
+from ..models.trial_inputs import example_batch, longest_input
+from .threads import using_threads
+
+# Of a block's heads and neurons, the shares at which it is timed; none and one unit of neurons come to these.
+_SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)
+_UNIT = 8
+
+
+def measure_latency(
+    model: PreTrainedModel,
+    *,
+    batch_size: int = 1,
+    length: int = 128,
+    threads: int | None = None,
+    repeats: int = 15,
+    warmup: int = 2,
+    cpu_time: bool = False,
+) -> LatencyTable:
+    """
+    Time the blocks of a model with fewer heads and neurons, for a target in `"latency"`.
+
+    The sizes are put side by side into models of the same architecture, made of the model's own weights, and each
+    block is timed in forwards of these: with the caches as they are in use, and all in turns, so that what slows the
+    machine down slows all alike. Of every size the median counts. A block's time is taken to be that of its heads plus
+    that of its neurons plus a rest, which is found by least squares; what is left of a forward is never pruned.
+
+    It takes about `(repeats + warmup)` times 15 to 25 dense blocks, and as much memory as these have weights.
+
+    Args:
+        model ([`PreTrainedModel`]):
+            A dense model that reads tokens, on the CPU or a CUDA device, in the dtype that it will be used in. It is
+            left as it is.
+        batch_size (`int`, *optional*, defaults to 1): Sequences of a batch; none is padded.
+        length (`int`, *optional*, defaults to 128): Tokens of each.
+        threads (`int`, *optional*): Threads of one operation on the CPU. By default torch's own number.
+        repeats (`int`, *optional*, defaults to 15): Forwards of every model that count.
+        warmup (`int`, *optional*, defaults to 2): Forwards before them.
+        cpu_time (`bool`, *optional*, defaults to `False`):
+            Count the time that the processor worked for this thread, not what passed meanwhile: for a machine that is
+            busy with other work. With one thread on the CPU only.
+
+    Returns:
+        [`~hf_oto.config.LatencyTable`]
+
+    Raises:
+        `ValueError`: The model is not supported, pruned, sharded or without weights, it does not read so many tokens,
+            or a number is too small.
+
+    Example:
+
+    ```python
+    table = measure_latency(model, batch_size=1, length=128, threads=1)
+    OTOConfig(target_sparsity=0.5, target_unit="latency", latency_table=table)
+    ```
+    """
+    groups = _check(model, batch_size=batch_size, length=length, repeats=repeats, warmup=warmup, threads=threads)
+    device = model.device
+    with ExitStack() as stack:
+        number = stack.enter_context(using_threads(threads))
+        if cpu_time and (number > 1 or device.type != "cpu"):
+            raise ValueError(
+                f"`cpu_time` is for `threads`=1 on the CPU, got {number} threads on {device.type}: only there it is "
+                f"the time that would pass."
+            )
+        clock = _cuda_event if device.type == "cuda" else time.thread_time_ns if cpu_time else time.perf_counter_ns
+        sizes = _sizes(groups)
+        models = [_of_sizes(model, groups, chunk) for chunk in sizes]
+        batch = {
+            name: tensor.to(device) for name, tensor in example_batch(model, batch_size, length, padded=False).items()
+        }
+        times, rests = _timed([_Stopwatch(each, groups, clock) for each in models], batch, repeats, warmup)
+    flat = [size for chunk in sizes for size in chunk]
+    heads, neurons, rest = _curves(groups, flat, times)
+    total = statistics.median(rests) + groups.num_layers * (rest + heads[-1][1] + neurons[-1][1])
+    return LatencyTable(
+        model_type=groups.model_type,
+        num_layers=groups.num_layers,
+        hidden_size=groups.hidden_size,
+        head_size=groups.head_size,
+        queries=groups.queries,
+        dense_heads=groups.dense_heads,
+        dense_neurons=groups.dense_neurons,
+        total=round(total),
+        heads=heads,
+        neurons=neurons,
+        batch_size=batch_size,
+        length=length,
+        threads=number,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        dtype=str(model.dtype).removeprefix("torch."),
+        attention=str(model.config._attn_implementation),
+        torch=torch.__version__,
+    )
+
+
+def _check(model: PreTrainedModel, **numbers: int | None) -> Partition:
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    groups = partition(model)
+    if model.config.model_type.startswith(PRUNED_PREFIX):
+        raise ValueError("`model` is pruned already, and the table is that of the dense model: pass that.")
+    if is_sharded(model) or model.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"`model` must be whole, with its weights on the CPU or a CUDA device, got {model.device}.")
+    if not groups.num_layers:
+        raise ValueError("`model` has no blocks, so there is nothing to time.")
+    longest = longest_input(model)
+    assert numbers["length"] is not None
+    if numbers["length"] > longest:
+        raise ValueError(f"`length` must be at most {longest}, what the model reads, got {numbers['length']}.")
+    return groups
+
+
+def _points(dense: int, unit: int) -> list[int]:
+    """Counts at which a curve is measured: none, a unit, and shares of all in whole units, where there are so many."""
+    shares = {max(unit, round(dense * share / unit) * unit) for share in _SHARES[:-1]}
+    return sorted({0, unit, dense} | shares) if dense > unit else [0, dense]
+
+
+def _sizes(groups: Partition) -> list[list[tuple[int, int]]]:
+    """
+    (heads, neurons) of the blocks to be timed, model by model: each count beside all of the other kind, and both kinds
+    cut by about the same share. Dense blocks fill up the models. Each has sizes of all kinds: in one of small blocks
+    alone they would find the caches emptier of others than beside a dense model.
+    """
+    heads, neurons = _points(groups.dense_heads, 1), _points(groups.dense_neurons, _UNIT)
+    every = (groups.dense_heads, groups.dense_neurons)
+    sizes = [(count, every[1]) for count in heads[:-1]] + [(every[0], count) for count in neurons[:-1]]
+    for index, count in enumerate(neurons[:-1]):
+        sizes.append((heads[min(round(index * (len(heads) - 1) / (len(neurons) - 1)), len(heads) - 2)], count))
+    layers = groups.num_layers
+    sizes += [every] * (2 + -(len(sizes) + 2) % layers)
+    models = len(sizes) // layers
+    return [sizes[first::models] for first in range(models)]
+
+
+def _of_sizes(model: PreTrainedModel, groups: Partition, sizes: Sequence[tuple[int, int]]) -> PreTrainedModel:
+    counts = [count for size in sizes for count in size]
+    kept = [torch.arange(array.count) < count for array, count in zip(groups.arrays, counts, strict=True)]
+    cut = keep_groups(model, groups, kept).eval()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    owned = {name for array in groups.arrays for name, _ in array.members}
+    for name in set(dict(cut.named_parameters(remove_duplicate=False))) - owned:  # such as embeddings: no copies
+        path, _, leaf = name.rpartition(".")
+        setattr(cut.get_submodule(path), leaf, parameters[name])
+    return cut
+
+
+class _Stopwatch:
+    """Times the blocks of a model in its forwards: `()` runs one and gives block by block, then the rest."""
+
+    def __init__(self, model: PreTrainedModel, groups: Partition, clock: Callable[[], Any]) -> None:
+        self.model = model
+        self.clock = clock
+        self.stamps: list[Any] = []
+        blocks: Any = model.base_model.get_submodule(BLOCK_SPECS[groups.model_type].blocks)
+        for block in blocks:
+            block.register_forward_pre_hook(self._stamp)
+            block.register_forward_hook(self._stamp)
+
+    def _stamp(self, module: nn.Module, *args: Any) -> None:
+        self.stamps.append(self.clock())
+
+    def __call__(self, batch: dict[str, Tensor]) -> list[float]:
+        self.stamps = [self.clock()]
+        self.model(**batch)
+        self.stamps.append(self.clock())
+        if isinstance(self.stamps[0], int):
+            spans = [end - start for start, end in zip(self.stamps, self.stamps[1:], strict=False)]
+        else:
+            torch.cuda.synchronize()
+            spans = [1e6 * a.elapsed_time(b) for a, b in zip(self.stamps, self.stamps[1:], strict=False)]
+        return [*spans[1::2], sum(spans[::2])]
+
+
+def _cuda_event() -> Any:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+@torch.inference_mode()
+def _timed(
+    stopwatches: Sequence[_Stopwatch], batch: dict[str, Tensor], repeats: int, warmup: int
+) -> tuple[list[float], list[float]]:
+    """Nanoseconds: the median of every block, model after model, and all that was found for the rest of a forward."""
+    found: list[list[list[float]]] = [[] for _ in stopwatches]
+    for repeat in range(-warmup, repeats):
+        # None finds the caches always as the same one left them.
+        for index in range(len(stopwatches)) if repeat % 2 else reversed(range(len(stopwatches))):
+            spans = stopwatches[index](batch)
+            if repeat >= 0:
+                found[index].append(spans)
+    medians = [[statistics.median(times) for times in zip(*of_model, strict=True)] for of_model in found]
+    return [block for times in medians for block in times[:-1]], [times[-1] for of in found for times in of]
+
+
+def _curves(
+    groups: Partition, sizes: Sequence[tuple[int, int]], times: Sequence[float]
+) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...], float]:
+    """
+    The curves of heads and of neurons, and the time of a block without either, from t = rest + T_heads + T_neurons by
+    least squares of relative errors.
+    """
+    points = [sorted({size[kind] for size in sizes}) for kind in (0, 1)]
+    unknowns = [len(points[0]) - 1, len(points[1]) - 1]
+    time_M = torch.tensor(times, dtype=torch.float64)
+    design_MK = torch.zeros(len(sizes), 1 + sum(unknowns), dtype=torch.float64)
+    design_MK[:, 0] = 1
+    for row, size in enumerate(sizes):
+        for kind, offset in ((0, 0), (1, unknowns[0])):
+            if place := points[kind].index(size[kind]):
+                design_MK[row, offset + place] = 1
+    solution_K = torch.linalg.lstsq(design_MK / time_M[:, None], torch.ones_like(time_M)[:, None]).solution[:, 0]
+    rest, *found = solution_K.tolist()
+    heads = _rising(points[0], [0.0, *found[: unknowns[0]]])
+    neurons = _rising(points[1], [0.0, *found[unknowns[0] :]])
+    return heads, neurons, max(rest, 0.0)
+
+
+def _rising(counts: Sequence[int], times: Sequence[float]) -> tuple[tuple[int, int], ...]:
+    """Whole nanoseconds that rise with every group, as they do but for noise."""
+    curve: list[tuple[int, int]] = []
+    for count, found in zip(counts, times, strict=True):
+        least = curve[-1][1] + count - curve[-1][0] if curve else 0
+        curve.append((count, max(round(found), least)))
+    return tuple(curve)

@@ -1,0 +1,229 @@
+"""A model as an ONNX file, checked against PyTorch.
+
+Shapes: batch, choices (multiple choice only), length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..models.folders import folder_beside
+from ..models.modes import evaluating
+from ..models.trial_inputs import example_batch, longest_input
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+# A protobuf holds 2 GB at most; weights beyond that lie beside it.
+LARGEST_FILE = 1_900_000_000
+
+
+@dataclass(frozen=True)
+class Export:
+    """
+    What was written, and how far it is from PyTorch.
+
+    Args:
+        path (`str`): The ONNX file. Weights of more than 1.9 GB lie beside it, in `<path>.data`.
+        bytes (`int`): Size of the file, and of the one beside it.
+        inputs (`tuple[str, ...]`): Names of the inputs, int64 `[batch, length]` each.
+        outputs (`tuple[str, ...]`): Names of the outputs.
+        error (`float`): Largest difference of any output from PyTorch's, as a share of that output's largest value.
+        int8_error, int8_mean_error (`float`, *optional*):
+            The same of the quantized model: the largest difference, and the mean one.
+        scores, int8_scores (`dict[str, float]`, *optional*): What `score` gave of the float32 and of the int8 model.
+    """
+
+    path: str
+    bytes: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    error: float
+    int8_error: float | None = None
+    int8_mean_error: float | None = None
+    scores: dict[str, float] | None = None
+    int8_scores: dict[str, float] | None = None
+
+
+def check_packages() -> None:
+    """Raise `ImportError` if a package that the export needs is not installed."""
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"ONNX needs {', '.join(missing)}: `pip install 'hf-oto[onnx]'`.")
+
+
+def export_onnx(
+    model: PreTrainedModel,
+    path: str | os.PathLike,
+    *,
+    int8: bool = False,
+    score: Callable[[Any], dict[str, float]] | None = None,
+    atol: float = 1e-4,
+    seed: int = 0,
+) -> Export:
+    """
+    Write a model as ONNX, of any batch size and length, if ONNX Runtime computes with it what PyTorch does.
+
+    The check runs on padded batches of other sizes than the one that was traced, of random tokens. What a decoder
+    keeps of earlier tokens is left out: it reads whole sequences.
+
+    Args:
+        model ([`PreTrainedModel`]): On the CPU, in float32.
+        path (`str` or `os.PathLike`): The file, which must not exist. It appears whole or not at all.
+        int8 (`bool`, *optional*, defaults to `False`):
+            Quantize the weights to int8, every output channel on its own, and activations as they come.
+        score (`Callable`, *optional*):
+            Called with ONNX Runtime's session of the model, of the float32 one and then of the int8 one.
+        atol (`float`, *optional*, defaults to 1e-4):
+            How far an output may be off before any quantization, as a share of its largest magnitude.
+        seed (`int`, *optional*, defaults to 0): Of the random batches.
+
+    Returns:
+        [`Export`]
+
+    Raises:
+        `ImportError`: `onnx`, `onnxscript` or `onnxruntime` is not installed.
+        `FileExistsError`: There is a file at `path`.
+        `ValueError`: The model reads no tokens, is not on the CPU in float32, or ONNX Runtime computes something else.
+    """
+    check_packages()
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} exists already. Choose another file, or remove it.")
+    if model.device.type != "cpu" or model.dtype != torch.float32:
+        raise ValueError(f"`model` must be on the CPU in float32, got {model.dtype} on {model.device}.")
+    longest = longest_input(model)
+    sizes = ((1, 5), (3, min(longest, 96)), (5, min(longest, 24)))
+    batches = [example_batch(model, size, length, seed=seed + size) for size, length in sizes]
+    with folder_beside(path) as folder:
+        plain = folder / path.name
+        with _quiet():
+            _write(_traced(model, example_batch(model, 2, min(longest, 16), seed=seed)), plain)
+            session = inference_session(plain)
+            error, _ = _errors(model, session, batches)
+        names = tuple(value.name for value in session.get_inputs()), tuple(v.name for v in session.get_outputs())
+        if not error <= atol:  # NaN is wrong too
+            raise ValueError(
+                f"ONNX Runtime does not compute what PyTorch does: an output is off by {error:.3g} of its largest "
+                f"value, and `atol` allows {atol:g}. Nothing is written."
+            )
+        scores = None if score is None else score(session)
+        int8_error = int8_mean = int8_scores = None
+        if int8:
+            (folder / "int8").mkdir()
+            plain = _quantized(plain, folder / "int8" / path.name)
+            with _quiet():
+                session = inference_session(plain)
+                int8_error, int8_mean = _errors(model, session, batches)
+            if int8_error != int8_error:
+                raise ValueError("The int8 model computes NaN on random tokens. Nothing is written; do without int8.")
+            int8_scores = None if score is None else score(session)
+        files = sorted(plain.parent.glob(f"{path.name}*"), reverse=True)  # the graph last: with it the export is there
+        size = sum(file.stat().st_size for file in files)
+        for file in files:
+            file.replace(path.with_name(file.name))
+    return Export(str(path), size, *names, error, int8_error, int8_mean, scores, int8_scores)
+
+
+def inference_session(path: Path, threads: int | None = None) -> Any:
+    """The file in ONNX Runtime, on the CPU with so many threads."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _traced(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Any:
+    """The model as an `onnx_ir.Model`."""
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    # Eager attention: plain matrix products and a softmax, as fast in ONNX Runtime as what becomes of sdpa.
+    config: Any = model.config
+    attention, cached = config._attn_implementation, getattr(config, "use_cache", False)
+    model.set_attn_implementation("eager")
+    if cached:  # of a decoder the export reads whole sequences
+        config.use_cache = False
+    try:
+        with evaluating(model):
+            exported: Any = OnnxExporter().export(model, dict(batch), config=OnnxConfig(dynamic=True))
+    finally:
+        model.set_attn_implementation(attention)
+        if cached:
+            config.use_cache = True
+    # Transformers 5.14 gives torch's `ONNXProgram`, later releases their own `ExportedModel`.
+    program = exported.program if hasattr(exported, "program") else exported.model
+    _name_sizes(program.graph, batch)
+    return program
+
+
+def _name_sizes(graph: Any, batch: Mapping[str, Tensor]) -> None:
+    """Give the sizes of inputs and outputs names that say what they are, in place of the tracer's symbols."""
+    names: dict[str, str] = {}
+    for value in (*graph.inputs, *graph.outputs):
+        if value.name in batch:
+            sizes = ("batch", "choices", "length") if batch[value.name].dim() == 3 else ("batch", "length")
+            names |= {str(size): name for size, name in zip(value.shape, sizes, strict=True)}
+        for dim, size in enumerate(value.shape or ()):
+            value.shape[dim] = names.get(str(size), size)
+
+
+def _write(program: Any, path: Path) -> None:
+    import onnx_ir
+
+    tensors = [value.const_value for value in program.graph.initializers.values()]
+    weights = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    onnx_ir.save(program, path, external_data=f"{path.name}.data" if weights > LARGEST_FILE else None)
+
+
+def _quantized(source: Path, target: Path) -> Path:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _quiet():
+        quantize_dynamic(
+            source,
+            target,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            use_external_data_format=source.with_name(f"{source.name}.data").exists(),
+        )
+    return target
+
+
+@torch.no_grad()
+def _errors(model: PreTrainedModel, session: Any, batches: list[dict[str, Tensor]]) -> tuple[float, float]:
+    """The largest and the mean difference of an output, as a share of its largest magnitude; NaN if one is."""
+    worst = mean = torch.zeros(())
+    for batch in batches:
+        with evaluating(model):
+            expected = model(**batch, return_dict=True)
+        values = session.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
+        for output, value in zip(session.get_outputs(), values, strict=True):
+            tensor = expected[output.name]
+            share = (torch.from_numpy(value) - tensor).abs() / tensor.abs().max()
+            worst, mean = torch.maximum(worst, share.max()), torch.maximum(mean, share.mean())
+    return float(worst), float(mean)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' progress on standard output, and their warnings of what they are not used for."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

@@ -1,0 +1,309 @@
+"""What a group costs, and which groups to cut for a target: pure functions.
+
+Shapes: `G` all groups, `B` arrays (the groups of one block and kind), `I` items (what is cut at once), `P` pools of
+items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from ..config import OTOConfig
+from ..models.groups import GroupArray, Partition
+
+
+def group_cost(partition: Partition, kind: str, unit: str, sequence_length: int) -> int:
+    """
+    Cost of one group.
+
+    Args:
+        partition ([`~hf_oto.models.groups.Partition`]): Gives the weights that a group owns, and the head size D.
+        kind (`str`): `"heads"` or `"neurons"`.
+        unit (`str`): `"params"`: entries of matrices and biases, in BERT 4HD + 3D of a head and 2H + 1 of a neuron.
+            `"macs"` of one sequence of L tokens: L for each entry of a matrix, and of a head 2L²D more for scores and
+            context (for each of the heads that read one key/value head). `"groups"`: 1.
+        sequence_length (`int`): L, in tokens.
+    """
+    if unit == "groups":
+        return 1
+    matrices, biases = partition.head_weights if kind == "heads" else partition.neuron_weights
+    if unit == "params":
+        return matrices + biases
+    scores = 2 * sequence_length * partition.head_size * partition.queries if kind == "heads" else 0
+    return sequence_length * (matrices + scores)
+
+
+def removal_costs(partition: Partition, kind: str, config: OTOConfig) -> Tensor:
+    """
+    Cost, in the target's unit, of the first, second, … group of a kind that goes from a dense block: int64 `[G]`.
+
+    That of [`group_cost`] for each, but for the unit `"latency"`: there it is what the table says that a block saves,
+    in nanoseconds, and that may depend on how many it has left.
+    """
+    if config.latency_table is not None:
+        return torch.tensor(config.latency_table.saved(kind), dtype=torch.int64)
+    cost = group_cost(partition, kind, config.target_unit, config.macs_sequence_length)
+    return torch.full((partition.dense_count(kind),), cost, dtype=torch.int64)
+
+
+def dense_cost(partition: Partition, config: OTOConfig, unit: str | None = None) -> int:
+    """
+    Cost of the whole prunable part of the dense architecture, in `unit` (the config's when None). In `"latency"` it is
+    that of the whole model, with what is never pruned.
+    """
+    unit = unit or config.target_unit
+    if unit == "latency" and config.latency_table is not None:
+        return config.latency_table.total
+    return partition.num_layers * sum(
+        partition.dense_count(kind) * group_cost(partition, kind, unit, config.macs_sequence_length)
+        for kind in config.structures
+    )
+
+
+def removable_groups(count: int, floor: int, multiple: int) -> int:
+    """How many of a block's `count` groups may go when a multiple of `multiple`, at least `floor`, has to stay."""
+    return max(count - -(-floor // multiple) * multiple, 0)
+
+
+def floor_and_multiple(kind: str, config: OTOConfig) -> tuple[int, int]:
+    """The least number of groups of a kind that a block keeps, and what the number kept is a multiple of."""
+    return (config.min_heads, 1) if kind == "heads" else (config.min_neurons, config.round_to)
+
+
+def allowance(share: float, total: int) -> int:
+    """The cost that may go for a share of a total, rounded down: never over. The share is the decimal it prints as."""
+    return int(Fraction(repr(float(share))) * total)
+
+
+def costs_of(partition: Partition, arrays: Sequence[GroupArray], config: OTOConfig) -> list[Tensor]:
+    """Array by array the cost of the first, second, … of its groups to go, those that are gone already left out."""
+    costs = {kind: removal_costs(partition, kind, config) for kind in config.structures}
+    return [costs[array.kind][partition.dense_count(array.kind) - array.count :] for array in arrays]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What can be removed of a model, in the target's currency.
+
+    Args:
+        total (`int`): Cost of the whole prunable part of the dense architecture; see [`dense_cost`].
+        removed (`int`): Cost that is gone already.
+        reachable (`int`): Cost that is gone once all that the floors leave free is.
+        cheapest (`int`): Cost of the cheapest cut that the floors allow; 0 if there is none.
+    """
+
+    total: int
+    removed: int
+    reachable: int
+    cheapest: int
+
+
+def reach(partition: Partition, config: OTOConfig) -> Reach:
+    """What can be removed of a model as it is, under the config's structures and floors."""
+    removed = reachable = cheapest = 0
+    costs = {kind: removal_costs(partition, kind, config) for kind in ("heads", "neurons")}
+    for array in partition.arrays:
+        pruned = array.kind in config.structures
+        if not pruned and config.target_unit != "latency":
+            continue
+        cost_G = costs[array.kind]
+        floor, multiple = floor_and_multiple(array.kind, config)
+        gone = partition.dense_count(array.kind) - array.count
+        can_go = removable_groups(array.count, floor, multiple) if pruned else 0
+        removed += int(cost_G[:gone].sum())
+        reachable += int(cost_G[: gone + can_go].sum())
+        if can_go:
+            step = int(cost_G[gone : gone + (array.count % multiple or multiple)].sum())
+            cheapest = min(cheapest or step, step)
+    return Reach(dense_cost(partition, config), removed, reachable, cheapest)
+
+
+def removed_cost(partition: Partition, config: OTOConfig, kept: Sequence[int]) -> int:
+    """Cost, in the target's unit, that is gone of the dense model when every array keeps so many groups."""
+    costs = {kind: removal_costs(partition, kind, config) for kind in ("heads", "neurons")}
+    counted = ("heads", "neurons") if config.target_unit == "latency" else config.structures
+    return sum(
+        int(costs[array.kind][: partition.dense_count(array.kind) - count].sum())
+        for array, count in zip(partition.arrays, kept, strict=True)
+        if array.kind in counted
+    )
+
+
+def check_table(partition: Partition, config: OTOConfig) -> None:
+    """Refuse, with a `ValueError`, a table of latencies that is of another architecture."""
+    table = config.latency_table
+    if table is None:
+        return
+    names = ("model_type", "num_layers", "hidden_size", "head_size", "queries", "dense_heads", "dense_neurons")
+    pairs = {name: (getattr(table, name), getattr(partition, name)) for name in names}
+    if wrong := [f"`{name}` {found}, the model has {own}" for name, (found, own) in pairs.items() if found != own]:
+        raise ValueError(
+            f"`latency_table` is of another architecture: {'; '.join(wrong)}. Measure it on the dense model."
+        )
+
+
+def check_target(partition: Partition, config: OTOConfig) -> None:
+    """
+    Refuse a target that cannot be reached from the model as it is.
+
+    Raises:
+        `ValueError`: The floors make the target unreachable, or as much is gone already. Names the reachable share. Or
+            `latency_table` is of another architecture.
+    """
+    check_table(partition, config)
+    if not config.target_sparsity:
+        return
+    found = reach(partition, config)
+    wanted = allowance(config.target_sparsity, found.total)
+    if found.removed and wanted - found.removed < (found.cheapest or 1):
+        raise ValueError(
+            f"`target_sparsity`={config.target_sparsity} of the dense model's {config.target_unit} is removed already "
+            f"({found.removed / found.total:.4f}). Choose a larger target."
+        )
+    if wanted > found.reachable:
+        whole = ", as what is never pruned takes its time" if config.target_unit == "latency" else ""
+        raise ValueError(
+            f"`target_sparsity`={config.target_sparsity} of {config.target_unit} cannot be reached: with "
+            f"`min_heads`={config.min_heads}, `min_neurons`={config.min_neurons} and `round_to`={config.round_to} at "
+            f"most {int(found.reachable / found.total * 1e4) / 1e4} can go{whole}. Lower the target or the floors."
+        )
+
+
+def target_examples(partition: Partition, config: OTOConfig) -> dict[str, list[int]]:
+    """
+    What a target may leave. Which groups go is for the training to find; these are the two extremes, and the cut that
+    takes the same share of every array.
+
+    Returns:
+        `dict[str, list[int]]`: Groups kept of every array, by `"heads first"`, `"evenly"` and `"neurons first"`.
+
+    Raises:
+        `ValueError`: See [`check_target`].
+    """
+    check_target(partition, config)
+    found = reach(partition, config)
+    budget = allowance(config.target_sparsity or 0.0, found.total) - found.removed
+    arrays = [array for array in partition.arrays if array.kind in config.structures and array.count]
+    kept = {name: [array.count for array in partition.arrays] for name in ("heads first", "evenly", "neurons first")}
+    if not arrays:
+        return kept
+    count_B = torch.tensor([array.count for array in arrays])
+    costs = costs_of(partition, arrays, config)
+    heads_B = torch.tensor([array.kind == "heads" for array in arrays])
+    floor_B, multiple_B = torch.tensor([floor_and_multiple(array.kind, config) for array in arrays]).unbind(1)
+    array_G = torch.arange(len(arrays)).repeat_interleave(count_B)
+    cost_G, mean_G = torch.cat(costs), torch.stack([cost_g.double().mean() for cost_g in costs])[array_G]
+    rank_G = torch.cat([(torch.arange(array.count).double() + 0.5) / array.count for array in arrays])
+    # Scores per cost about 1 within the kind that goes first, far beyond it in the other.
+    late = {"heads first": ~heads_B, "evenly": heads_B & ~heads_B, "neurons first": heads_B}
+    for name, late_B in late.items():
+        score_G = (rank_G + 1e9 * late_B[array_G]) * mean_G
+        alive_G = torch.ones_like(array_G, dtype=torch.bool)
+        chosen_G = select_groups(score_G, cost_G, array_G, alive_G, budget, floor_B, multiple_B)
+        for array, gone in zip(arrays, torch.bincount(array_G[chosen_G], minlength=len(arrays)), strict=True):
+            kept[name][partition.arrays.index(array)] -= int(gone)
+    return kept
+
+
+def select_groups(
+    score_G: Tensor,
+    cost_G: Tensor,
+    array_G: Tensor,
+    alive_G: Tensor,
+    budget: int,
+    floor_B: Tensor,
+    multiple_B: Tensor,
+) -> Tensor:
+    """
+    The groups to cut: lowest score per cost first, over all arrays, until nothing that is left would fit.
+
+    Groups of an array whose kept number has to be a multiple are cut together, as an item of `multiple` groups (first
+    what makes the number a multiple). The items of an array go in the order of their scores. Where a later one has the
+    lower score per cost, as costs may change with the number that is left, it is ranked together with those before it
+    (the ratios are made to ascend by pooling adjacent violators). What does not fit is passed over for the next that
+    does, so the sum stays at most `budget` and falls short of it by less than the cheapest item that could go next.
+
+    Args:
+        score_G (`Tensor`): Saliency, float `[G]`.
+        cost_G (`Tensor`): Cost of the first, second, … group of each array to go, int64 `[G]`, in the places of that
+            array's groups. Those that are not alive have gone first.
+        array_G (`Tensor`): The array that each group belongs to, int64 `[G]`, ascending.
+        alive_G (`Tensor`): Groups that are there to be cut, bool `[G]`.
+        budget (`int`): Cost that may be cut.
+        floor_B, multiple_B (`Tensor`): Least number kept, and what it is a multiple of, int64 `[B]`.
+
+    Returns:
+        `Tensor`: bool `[G]`, a subset of `alive_G`.
+    """
+    chosen_G = torch.zeros_like(alive_G)
+    group_A = alive_G.nonzero().squeeze(1)
+    group_A = group_A[score_G[group_A].sort(stable=True).indices]
+    group_A = group_A[array_G[group_A].sort(stable=True).indices]  # array by array, ascending score within
+    array_A = array_G[group_A]
+    alive_B = torch.bincount(array_A, minlength=floor_B.numel())
+    rank_A = torch.arange(group_A.numel(), device=group_A.device) - (alive_B.cumsum(0) - alive_B)[array_A]
+
+    keep_B = torch.div(floor_B + multiple_B - 1, multiple_B, rounding_mode="floor") * multiple_B
+    removable_A = rank_A < (alive_B - keep_B)[array_A]
+    group_A, array_A, rank_A = group_A[removable_A], array_A[removable_A], rank_A[removable_A]
+    if not group_A.numel():
+        return chosen_G
+
+    # Ranks before the first full item make the number a multiple; the offset puts them in an item of their own.
+    offset_A = (-alive_B % multiple_B)[array_A]
+    chunk_A = torch.div(rank_A + offset_A, multiple_B[array_A], rounding_mode="floor")
+    new_A = torch.ones_like(removable_A[: group_A.numel()])
+    new_A[1:] = (array_A[1:] != array_A[:-1]) | (chunk_A[1:] != chunk_A[:-1])
+    item_A = new_A.cumsum(0) - 1
+    size_B = torch.bincount(array_G, minlength=floor_B.numel())
+    next_B = size_B.cumsum(0) - alive_B  # where the cost of the next to go stands
+    cost_I = torch.zeros(int(item_A[-1]) + 1, dtype=torch.int64, device=cost_G.device)
+    cost_I.index_add_(0, item_A, cost_G[next_B[array_A] + rank_A])
+    score_I = torch.zeros(cost_I.numel(), dtype=torch.float64, device=cost_G.device)
+    score_I.index_add_(0, item_A, score_G[group_A].double())
+    array_I = array_A[new_A]
+
+    start_I = torch.ones_like(array_I, dtype=torch.bool)
+    start_I[1:] = array_I[1:] != array_I[:-1]
+    chain_I = start_I.cumsum(0) - 1
+
+    order_I = _ascending_ratios(score_I, cost_I, chain_I).sort(stable=True).indices
+    chosen_I = torch.zeros_like(cost_I, dtype=torch.bool)
+    # Every pass takes at least one item, and drops those that cost more than is left with all that come after them.
+    while True:
+        dropped_I = (~chosen_I & (cost_I > budget)).long()
+        before_I = dropped_I.cumsum(0)
+        before_I -= (before_I - dropped_I)[start_I][chain_I]
+        order_I = order_I[((before_I == 0) & ~chosen_I)[order_I]]
+        if not order_I.numel():
+            break
+        fits = order_I[cost_I[order_I].cumsum(0) <= budget]
+        chosen_I[fits] = True
+        budget -= int(cost_I[fits].sum())
+    chosen_G[group_A[chosen_I[item_A]]] = True
+    return chosen_G
+
+
+def _ascending_ratios(score_I: Tensor, cost_I: Tensor, chain_I: Tensor) -> Tensor:
+    """
+    Score per cost of every item, pooled with its neighbours in the chain until the ratios of a chain ascend: pool
+    adjacent violators (Barlow et al., 1972). Where they ascend already, each is the item's own.
+
+    Shapes: all `[I]`; the chains' numbers ascend from 0.
+    """
+    pool_I = torch.arange(score_I.numel(), device=score_I.device)
+    score_P, cost_P, chain_P = score_I, cost_I.double(), chain_I
+    while True:
+        ratio_P = score_P / cost_P
+        falls = (ratio_P[1:] < ratio_P[:-1]) & (chain_P[1:] == chain_P[:-1])
+        if not bool(falls.any()):
+            return ratio_P[pool_I]
+        own = torch.cat([torch.ones_like(falls[:1]), ~falls])
+        merged_P = own.cumsum(0) - 1
+        pool_I, chain_P = merged_P[pool_I], chain_P[own]
+        score_P, cost_P = (torch.zeros_like(x[own]).index_add_(0, merged_P, x) for x in (score_P, cost_P))

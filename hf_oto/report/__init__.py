@@ -1,0 +1,3 @@
+"""
+What was kept, layer by layer: numbers, table, pictures, card. It may import `hspg`, `models` and `config`.
+"""

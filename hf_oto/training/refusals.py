@@ -1,0 +1,138 @@
+"""What [`~hf_oto.OTOTrainer`] refuses, before anything is written or trained."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+from accelerate.utils import DistributedType
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel, TrainingArguments
+from transformers.utils import CONFIG_NAME
+
+from ..config import OTOConfig
+from ..hspg import budget
+from ..hspg.parts import check_sharding
+from ..models.groups import partition
+from ..models.sharding import is_sharded
+from ..models.surgery import block_counts, check_compressible
+
+# These step during backward, or keep weights or states that are no longer laid out as the model's weights.
+_REFUSED_OPTIMIZERS = ("lomo", "layerwise", "galore", "apollo", "schedule_free", "torch_4bit", "torch_8bit")
+
+NO_DEEPSPEED = (
+    "`deepspeed` is not supported by OTOTrainer: ZeRO-1, ZeRO-2 and ZeRO-3 keep weights or states of their own, in "
+    "which groups cannot be found. Use `fsdp` with 'fsdp_version' 2, or DistributedDataParallel."
+)
+NO_FSDP1 = (
+    "FSDP1 is not supported by OTOTrainer: it makes one flat vector of a block's weights, in which groups cannot be "
+    "found. Set 'fsdp_version' to 2 in `fsdp_config`."
+)
+
+
+def check_optimizer(args: TrainingArguments | None) -> None:
+    """Refuse optimizers that HSPG cannot wrap."""
+    optim = str(getattr(args, "optim", "")).rpartition(".")[2].lower()
+    if any(name in optim for name in _REFUSED_OPTIMIZERS):
+        raise ValueError(
+            f"`optim`={optim!r} is not supported by OTOTrainer: it steps during backward, or keeps weights or "
+            f"states that are not laid out as the model's weights. Use another, such as 'adamw_torch'."
+        )
+
+
+def check_parallelism(model: Any, args: TrainingArguments | None) -> None:
+    """Refuse ways of training on many devices that are not supported, or that would not be what they are called."""
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        raise ValueError(
+            f"`model` is loaded with tensor parallelism (tp_size={model.tp_size}), which OTOTrainer does not support: "
+            f"it would split groups. Load it whole, or sharded by FSDP2."
+        )
+    if args is None:
+        return
+    launched = {
+        name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
+    }
+    if args.deepspeed or "DEEPSPEED" in launched:
+        raise ValueError(NO_DEEPSPEED)
+    parallelism = args.parallelism_config
+    if parallelism is not None:
+        sizes = {name: getattr(parallelism, f"{name}_size") for name in ("tp", "cp", "sp")}
+        if split := [f"{name}_size={size}" for name, size in sizes.items() if size > 1]:
+            raise ValueError(
+                f"`parallelism_config` with {', '.join(split)} is not supported by OTOTrainer: tensor parallelism "
+                f"would split groups, context and sequence parallelism are untested. Use `dp_replicate_size` and "
+                f"`dp_shard_size` alone."
+            )
+    if (args.fsdp or "FSDP" in launched) and args.distributed_state.distributed_type == DistributedType.MULTI_CPU:
+        raise ValueError(
+            "`fsdp` is not supported on the CPU: accelerate ignores it there and would train with "
+            "DistributedDataParallel. Leave it out, or use `fully_shard` and HSPG in a loop of your own."
+        )
+    if args.fsdp:
+        if cast(dict[str, Any], args.fsdp_config).get("xla"):
+            raise ValueError("`fsdp_config` with 'xla' is not supported by OTOTrainer. Use FSDP2.")
+        if args.fsdp_plugin_args["fsdp_version"] != 2:
+            raise ValueError(NO_FSDP1)
+        if args.fsdp_plugin_args.get("activation_checkpointing"):
+            raise ValueError(
+                "`fsdp_config` with 'activation_checkpointing' is not supported by OTOTrainer: it renames the blocks. "
+                "Use `gradient_checkpointing`=True."
+            )
+    elif "FSDP" in launched and os.environ.get("FSDP_VERSION", "1") != "2":  # as accelerate reads it
+        raise ValueError(NO_FSDP1)
+    if args.push_to_hub and (args.fsdp or is_sharded(model)):
+        raise ValueError(
+            "`push_to_hub` is not supported with a sharded model. Train without it, and upload the folder that "
+            "`save_model` wrote."
+        )
+
+
+def check_model(model: nn.Module, config: OTOConfig) -> None:
+    """Refuse a model without groups or a pruned class, with frozen or split groups, or with the target behind it."""
+    groups = partition(model)
+    budget.check_target(groups, config)
+    check_compressible(cast(PreTrainedModel, model))
+    parameters = dict(model.named_parameters())
+    owned = [name for array in groups.arrays if array.kind in config.structures for name, _ in array.members]
+    if frozen := [name for name in owned if not parameters[name].requires_grad]:
+        raise ValueError(
+            f"`model` has {len(frozen)} frozen parameters in zero-invariant groups ({frozen[0]!r}, …). Train them, or "
+            f"leave their kind out of `structures`."
+        )
+    check_sharding({name: parameters[name] for name in owned})
+
+
+def group_counts(model: nn.Module) -> list[tuple[int, int]]:
+    """Heads and neurons of every block of a model."""
+    groups = partition(model)
+    return list(zip(groups.counts("heads"), groups.counts("neurons"), strict=True))
+
+
+def saved_counts(checkpoint: str) -> list[tuple[int, int]] | None:
+    """Heads and neurons of every block of a saved model, `None` where there is no config."""
+    if not (Path(checkpoint) / CONFIG_NAME).is_file():
+        return None
+    return block_counts(AutoConfig.from_pretrained(checkpoint))
+
+
+def check_shapes(checkpoint: str, model: nn.Module) -> None:
+    """Refuse weights of other shapes, of which some would have been loaded before torch finds out."""
+    mine = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for path in Path(checkpoint).glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                if (saved := file.get_slice(name).get_shape()) != mine.get(name, saved):
+                    raise ValueError(
+                        f"{checkpoint} is of another model: {name!r} has shape {saved} there and {mine[name]} in "
+                        f"`model`. Resume with the model that the run began with."
+                    )
+
+
+def check_writable(folder: str) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"`output_dir` must be writable, {folder!r} is not: nothing of the run could be saved. Choose another, or "
+            f"set `save_strategy`='no'."
+        )

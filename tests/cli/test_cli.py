@@ -1,0 +1,662 @@
+"""The command line on models on the disk: what it prints, writes and refuses."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import evaluate
+import pytest
+import torch
+import transformers
+from families import (
+    EVERY,
+    ONE_EACH,
+    OTHERS,
+    batch,
+    family_of,
+    largest_difference,
+    made_table,
+    outputs,
+    tiny_model,
+    zero_uneven,
+)
+from squad_data import make_questions, squad, wordpiece, write
+from typer.testing import CliRunner
+
+from hf_oto import HSPG, OTOConfig, QuestionAnswerer, partition, summarize
+from hf_oto.cli import app
+from hf_oto.deploy import benchmark
+from hf_oto.deploy.answering import OnnxAnswerer
+from hf_oto.deploy.benchmark import measure
+from hf_oto.deploy.onnx_export import export_onnx, inference_session
+from hf_oto.hspg.budget import reach
+from hf_oto.models.architectures import BLOCK_SPECS
+from hf_oto.models.surgery import compress
+
+COMMANDS = ("inspect", "compress", "latency", "bench", "export", "answer")
+CODE = ["architectures.py", "modeling.py"]  # what travels beside the weights
+BERT = ONE_EACH[0]
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "squad"
+
+
+def run(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def answered(*args):
+    """The JSON that a command prints, and nothing else."""
+    result = run(*args, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+    return json.loads(result.stdout)
+
+
+def refused(*args):
+    """The one line that a failed command prints."""
+    result = run(*args)
+    assert result.exit_code != 0 and result.stdout == ""
+    assert result.stderr.startswith("hf-oto: error: ") and result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+def saved(folder, name=BERT, zeros=False, **overrides):
+    """A model on the disk, as it was saved."""
+    model = tiny_model(name, **overrides)
+    if zeros:
+        zero_uneven(model)
+    model.save_pretrained(folder)
+    return model
+
+
+def everything_in(folder):
+    return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: hf-oto {command}" in result.stdout and "--json" in result.stdout
+
+
+def test_help_and_version():
+    result = run()
+    assert result.exit_code == 0 and all(command in result.stdout for command in COMMANDS)
+    assert run("--help").stdout == result.stdout
+    assert run("--version").stdout.strip()[0].isdigit()
+
+
+def test_mistakes_on_the_command_line_are_one_line():
+    assert "No such command 'frob'" in refused("frob")
+    assert "Missing argument 'MODEL'. Try `hf-oto inspect --help`." in refused("inspect")
+    assert "--top-k" in refused("answer", "model", "--question", "why?", "--top-k", "many")
+
+
+def test_a_process_of_its_own_prints_one_line_and_importing_loads_no_tool(tmp_path):
+    code = f"""if True:
+        import sys
+        import hf_oto
+        print([name for name in ("typer", "onnx", "onnxruntime", "onnxscript") if name in sys.modules])
+        from hf_oto.cli import main
+        sys.argv = ["hf-oto", "inspect", {str(tmp_path)!r}]
+        main()
+    """
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (1, "[]\n")
+    assert result.stderr == (
+        f"hf-oto: error: {tmp_path} has no config.json. Give a folder with a model, or a model of the Hub.\n"
+    )
+    assert 'hf-oto = "hf_oto.cli:main"' in (root / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_the_libraries_speak_as_loudly_after_a_command_as_before(tmp_path):
+    logging = transformers.utils.logging
+    logging.set_verbosity_info()
+    try:
+        refused("inspect", tmp_path)
+        assert logging.get_verbosity() == logging.INFO and logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity_warning()
+
+
+# inspect
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_inspect_reads_the_config_alone(name, tmp_path):
+    dense, pruned = tmp_path / "dense", tmp_path / "pruned"
+    model = saved(dense, name)
+    expected = summarize(model, sequence_length=17).to_dict()
+    zero_uneven(model)
+    small = compress(model)
+    small.save_pretrained(pruned)
+    for folder in (dense, pruned):
+        (folder / "model.safetensors").unlink()
+    found = answered("inspect", dense, "--sequence-length", 17)
+    assert found == found | expected | {"pruned": False, "class": name, "groups": 3 * (4 + 24), "head_size": 8}
+    found = answered("inspect", pruned, "--sequence-length", 17)
+    expected = summarize(small, sequence_length=17).to_dict()
+    assert found == found | expected | {"pruned": True, "class": f"OTO{name}", "heads": [3, 0, 2]}
+    text = run("inspect", pruned).stdout
+    assert "| 1     |     0 |  4 |      12 | 24 |" in text and "OTO" in text
+
+
+def test_inspect_knows_the_precision_of_the_weights(tmp_path):
+    saved(tmp_path, torch_dtype="bfloat16").to(torch.bfloat16).save_pretrained(tmp_path)
+    found = answered("inspect", tmp_path)
+    assert found["file_size"] == 2 * found["parameters"]
+
+
+def test_inspect_reads_the_zeros_of_a_training_checkpoint(tmp_path):
+    model = saved(tmp_path, zeros=True)
+    assert answered("inspect", tmp_path)["heads"] == [4, 4, 4]
+    assert answered("inspect", tmp_path, "--weights")["heads"] == [3, 0, 2]
+    OTOConfig().save_pretrained(tmp_path)
+    (tmp_path / "trainer_state.json").write_text("{}")
+    found = answered("inspect", tmp_path)
+    assert found == found | summarize(model).to_dict() | {"pruned": False}
+
+
+@pytest.mark.parametrize("unit", ["params", "macs", "groups"])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_inspect_says_what_a_target_leaves(unit, pruned, tmp_path):
+    model = tiny_model(BERT)
+    if pruned:  # a model that has lost a head already
+        for name in ("query.weight", "query.bias", "key.weight", "key.bias", "value.weight", "value.bias"):
+            model.get_parameter(f"bert.encoder.layer.1.attention.self.{name}").data[:8] = 0
+        model.bert.encoder.layer[1].attention.output.dense.weight.data[:, :8] = 0
+        model = compress(model)
+    model.save_pretrained(tmp_path)
+    settings = {"target_sparsity": 0.4, "target_unit": unit, "macs_sequence_length": 20, "min_heads": 2}
+    settings |= {"min_neurons": 4, "round_to": 4}
+    options = ["--target", 0.4, "--target-unit", unit, "--sequence-length", 20]
+    options += ["--min-heads", 2, "--min-neurons", 4, "--round-to", 4]
+    target = answered("inspect", tmp_path, *options)["target"]
+    assert target == target | settings
+    limits = reach(partition(model), OTOConfig(**settings))
+    expected = {"total": limits.total, "removed_already": limits.removed, "reachable": limits.reachable}
+    assert target == target | expected and bool(target["removed_already"]) == pruned
+    cost = {  # of a head, of a neuron; by hand, as in test_report.py
+        "params": (4 * 32 * 8 + 3 * 8, 2 * 32 + 1),
+        "macs": (20 * (4 * 32 * 8 + 2 * 20 * 8), 20 * 2 * 32),
+        "groups": (1, 1),
+    }[unit]
+    assert target["total"] == 12 * cost[0] + 72 * cost[1]
+    # All but two heads and four neurons of each of the three blocks.
+    assert target["reachable"] == 6 * cost[0] + 60 * cost[1]
+    assert target["budget"] == target["total"] * 4 // 10
+    leaves = target["leaves"]
+    for example in leaves.values():
+        heads, neurons = example["heads"], example["neurons"]
+        removed = (12 - sum(heads)) * cost[0] + (72 - sum(neurons)) * cost[1]
+        assert target["budget"] - max(4 * cost[1], cost[0]) < removed <= target["budget"]
+        assert min(heads) >= 2 and min(neurons) >= 4 and all(width % 4 == 0 for width in neurons)
+    assert leaves["heads first"]["heads"] == [2, 2, 2]
+    kept_heads, kept_neurons = (
+        {name: sum(one[kind]) for name, one in leaves.items()} for kind in ("heads", "neurons")
+    )
+    assert kept_heads["heads first"] <= kept_heads["evenly"] < kept_heads["neurons first"]
+    assert kept_neurons["heads first"] >= kept_neurons["evenly"] > kept_neurons["neurons first"]
+    text = run("inspect", tmp_path, *options).stdout
+    assert f"at most {target['budget']:,} of {target['total']:,} {unit}" in text
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    row = next(cells for cells in rows if cells[0] == "evenly")
+    assert row[1:4] == [f"{sum(leaves['evenly'][kind]):,}" for kind in ("heads", "neurons")] + [
+        f"{leaves['evenly']['prunable_parameters']:,}"
+    ]
+
+
+def test_a_target_of_one_structure_leaves_the_other_alone(tmp_path):
+    saved(tmp_path)
+    found = answered("inspect", tmp_path, "--target", 0.5, "--structures", "neurons", "--round-to", 1)
+    assert found["target"]["total"] == 72 * 65 and found["target"]["budget"] == 36 * 65
+    assert all(sum(one["heads"]) == 12 and sum(one["neurons"]) == 36 for one in found["target"]["leaves"].values())
+
+
+def test_what_cannot_be_inspected_is_refused(tmp_path):
+    saved(tmp_path / "model")
+    assert "got 1.5" in refused("inspect", tmp_path / "model", "--target", 1.5)
+    assert "cannot be reached" in refused("inspect", tmp_path / "model", "--target", 0.99)
+    assert "must be one of params" in refused("inspect", tmp_path / "model", "--target-unit", "grams")
+    assert "`sequence_length`" in refused("inspect", tmp_path / "model", "--sequence-length", 0).replace("macs_", "")
+    assert "nobody/nothing is no folder" in refused("inspect", "nobody/nothing")
+    assert "is no folder, and no model" in refused("inspect", tmp_path / "absent" / "model")
+    transformers.GPT2Config().save_pretrained(tmp_path / "gpt2")
+    assert "is of type 'gpt2', which is refused: " in refused("inspect", tmp_path / "gpt2")
+    for wrong in ("pipeline", "PreTrainedModel", "RobertaModel", "BertConfig"):
+        config = json.loads((tmp_path / "model" / "config.json").read_text())
+        (tmp_path / "wrong").mkdir(exist_ok=True)
+        (tmp_path / "wrong" / "config.json").write_text(json.dumps(config | {"architectures": [wrong]}))
+        assert f"says '{wrong}', which is no class" in refused("inspect", tmp_path / "wrong")
+    (tmp_path / "wrong" / "config.json").write_text("{")
+    refused("inspect", tmp_path / "wrong")
+
+
+# compress
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_compress_makes_a_small_model_of_a_checkpoint(name, tmp_path):
+    checkpoint, out = tmp_path / "run" / "checkpoint-7", tmp_path / "new" / "small"
+    model = saved(checkpoint, name, zeros=True)
+    OTOConfig(target_sparsity=0.25).save_pretrained(checkpoint)
+    wordpiece().save_pretrained(checkpoint)
+    (checkpoint / "optimizer.pt").write_bytes(b"not for inference")
+    before = everything_in(checkpoint)
+    found = answered("compress", checkpoint, out)
+    assert everything_in(checkpoint) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "run"] and list(out.parent.iterdir()) == [out]
+    files = ["config.json", "model.safetensors", "oto_config.json", "tokenizer.json", "tokenizer_config.json"]
+    assert found["files"] == sorted(path.name for path in out.iterdir()) == sorted([*CODE, *files])
+    assert found["removed"] == {"heads": 12 - 5, "neurons": 72 - 28}
+    assert found == found | summarize(model).to_dict()
+    small = transformers.AutoModelForQuestionAnswering.from_pretrained(out)
+    assert type(small).__name__ == f"OTO{name}"
+    assert largest_difference(outputs(small), outputs(model)) <= 1e-5
+    assert OTOConfig.from_pretrained(out).target_sparsity == 0.25
+    for file in files[2:]:
+        assert (out / file).read_bytes() == (checkpoint / file).read_bytes()
+
+
+def test_compress_says_what_went_and_takes_an_empty_folder(tmp_path):
+    saved(tmp_path / "checkpoint", zeros=True)
+    (tmp_path / "small").mkdir()
+    result = run("compress", tmp_path / "checkpoint", tmp_path / "small")
+    assert result.exit_code == 0
+    assert f"{tmp_path / 'small'}: removed 7 heads and 44 neurons of {tmp_path / 'checkpoint'}." in result.stdout
+    assert "| prunable parameters |" in result.stdout
+    assert sorted(path.name for path in (tmp_path / "small").iterdir()) == sorted(
+        [*CODE, "config.json", "model.safetensors"]
+    )
+
+
+def test_compress_counts_as_the_settings_of_the_run_do(tmp_path):
+    model, table = saved(tmp_path / "checkpoint", zeros=True), made_table(partition(tiny_model(BERT)))
+    config = OTOConfig(macs_sequence_length=17, target_unit="latency", latency_table=table)
+    config.save_pretrained(tmp_path / "checkpoint")
+    expected = summarize(model, sequence_length=17, latency_table=table).to_dict()
+    found = answered("compress", tmp_path / "checkpoint", tmp_path / "small")
+    assert found == found | expected and 0 < found["latency"] < found["dense_latency"]
+
+
+def test_compress_prunes_a_pruned_model_further(tmp_path):
+    model = tiny_model(BERT)
+    zero_uneven(model)
+    model = compress(model)
+    model.bert.encoder.layer[0].output.dense.weight.data[:, :3] = 0
+    model.save_pretrained(tmp_path / "pruned")
+    assert answered("compress", tmp_path / "pruned", tmp_path / "out")["removed"] == {"heads": 0, "neurons": 3}
+
+
+def test_compress_writes_nothing_where_it_refuses(tmp_path):
+    saved(tmp_path / "dense")
+    saved(tmp_path / "zeros", zeros=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    before = everything_in(tmp_path)
+    error = refused("compress", tmp_path / "dense", tmp_path / "out" / "small")
+    assert "has no group of zeros" in error and "Use a checkpoint that OTOTrainer wrote after" in error
+    assert "is not empty" in refused("compress", tmp_path / "zeros", tmp_path / "full")
+    assert "is a file" in refused("compress", tmp_path / "zeros", tmp_path / "full" / "thesis.txt")
+    assert "no config.json" in refused("compress", tmp_path / "full", tmp_path / "out")
+    assert everything_in(tmp_path) == before
+
+
+def test_compress_refuses_a_checkpoint_without_all_weights(tmp_path):
+    model = saved(tmp_path / "zeros", zeros=True)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "qa_outputs.bias"}
+    model.save_pretrained(tmp_path / "zeros", state_dict=weights)
+    assert "lacks 1 weights" in refused("compress", tmp_path / "zeros", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_compress_leaves_nothing_where_the_disk_is_full(tmp_path):
+    saved(tmp_path / "zeros", zeros=True)
+    before = everything_in(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the weights have more
+    try:
+        refused("compress", tmp_path / "zeros", tmp_path / "new" / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert everything_in(tmp_path) == before
+
+
+# latency
+
+
+def test_the_table_that_latency_writes_is_one_for_a_target(tmp_path):
+    saved(tmp_path / "dense")
+    out = tmp_path / "table.json"
+    options = ["--batch-size", 2, "--length", 9, "--threads", 1, "--repeats", 2, "--cpu-time"]
+    found = answered("latency", tmp_path / "dense", out, *options)
+    assert found == {"out": str(out), **json.loads(out.read_text(encoding="utf-8"))}
+    assert (found["batch_size"], found["length"], found["threads"], found["model_type"]) == (2, 9, 1, "bert")
+    config = OTOConfig(target_unit="latency", latency_table=out, target_sparsity=0.0)
+    HSPG(torch.optim.SGD(tiny_model(BERT).named_parameters()), partition(tiny_model(BERT)), config, 40)
+    text = run("latency", tmp_path / "dense", tmp_path / "half.json", *options, "--dtype", "bfloat16").stdout
+    table = json.loads((tmp_path / "half.json").read_text(encoding="utf-8"))
+    assert "2 x 9 tokens, bfloat16, sdpa attention, cpu, 1 thread" in text and table["dtype"] == "bfloat16"
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert rows[2:] == [
+        [str(heads), f"{time / 1e6:.3f}", str(neurons), f"{more / 1e6:.3f}"]
+        for (heads, time), (neurons, more) in zip(table["heads"], [*table["neurons"], ("", 0)], strict=True)
+    ][:-1] + [["4", f"{table['heads'][-1][1] / 1e6:.3f}", "", ""]]
+
+
+def test_inspect_takes_a_table(tmp_path):
+    model = saved(tmp_path / "dense")
+    table = made_table(partition(model), fixed=2000, seed=2)
+    table.save(tmp_path / "table.json")
+    options = ["--target-unit", "latency", "--latency-table", tmp_path / "table.json", "--target", 0.3]
+    found = answered("inspect", tmp_path / "dense", *options)
+    assert found["latency"] == found["dense_latency"] == table.total and found["latency_ratio"] == 1
+    target = found["target"]
+    assert target["latency_table"] == table.to_dict() and target["total"] == table.total
+    for example in target["leaves"].values():
+        assert 0.7 * table.total <= example["latency"] < 0.75 * table.total
+    text = run("inspect", tmp_path / "dense", *options).stdout
+    assert f"at most {target['budget']:,} of {table.total:,} ns of latency" in text
+    assert f"| {target['leaves']['evenly']['latency']:,} |" in " ".join(text.split())
+    assert "need each other" in refused("inspect", tmp_path / "dense", "--target-unit", "latency")
+    saved(tmp_path / "wide", intermediate_size=32)
+    assert "`dense_neurons` 24, the model has 32" in refused("inspect", tmp_path / "wide", *options)
+
+
+def test_what_latency_refuses_writes_nothing(tmp_path):
+    model = saved(tmp_path / "dense")
+    zero_uneven(model)
+    compress(model).save_pretrained(tmp_path / "small")
+    (tmp_path / "there.json").write_text("mine")
+    before = everything_in(tmp_path)
+    assert "exists already" in refused("latency", tmp_path / "dense", tmp_path / "there.json")
+    out = tmp_path / "table.json"
+    assert "no folder" in refused("latency", tmp_path / "dense", tmp_path / "new" / "table.json")
+    assert "pruned already" in refused("latency", tmp_path / "small", out)
+    assert "`dtype` must be one of float32" in refused("latency", tmp_path / "dense", out, "--dtype", "int8")
+    assert "`device` must be cpu, or cuda where" in refused("latency", tmp_path / "dense", out, "--device", "tpu")
+    assert "`length` must be at most 39" in refused("latency", tmp_path / "dense", out, "--length", 40)
+    assert everything_in(tmp_path) == before
+
+
+# bench
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A dense model and a pruned one on the disk."""
+    folder = tmp_path_factory.mktemp("pair")
+    model = saved(folder / "dense", num_hidden_layers=1)
+    zero_uneven(model)
+    compress(model).save_pretrained(folder / "pruned")
+    return folder / "dense", folder / "pruned"
+
+
+def test_bench_times_every_size_side_by_side(pair):
+    options = ["--batch-size", 1, "--batch-size", 3, "--length", 8, "--length", 30, "--repeats", 5, "--threads", 1]
+    rows = answered("bench", *pair, *options)["measurements"]
+    assert [(row["batch_size"], row["length"]) for row in rows] == [(1, 8), (3, 8), (1, 30), (3, 30)]
+    for row in rows:
+        assert (row["backend"], row["threads"]) == ("eager", 1)
+        for name in ("dense", "pruned"):
+            latency = row[name]
+            assert 0 < latency["low"] <= latency["median"] <= latency["high"] < 10_000
+            assert row[f"{name}_throughput"] == pytest.approx(1000 * row["batch_size"] / latency["median"])
+        assert row["latency_ratio"] == row["dense"]["median"] / row["pruned"]["median"]
+        macs = [
+            summarize(transformers.AutoModel.from_pretrained(model), sequence_length=row["length"]) for model in pair
+        ]
+        assert row["macs_ratio"] == macs[0].macs / macs[1].macs > 1
+    text = run("bench", *pair, *options).stdout
+    assert "5 runs each, 1 thread, float32" in text and text.count("| eager   |") == 4
+    assert f"| {rows[0]['macs_ratio']:.2f}x |" in text
+
+
+def test_bench_sees_that_a_model_is_slower(tmp_path):
+    saved(tmp_path / "slow", num_hidden_layers=12)
+    saved(tmp_path / "fast", num_hidden_layers=1)
+    (row,) = answered("bench", tmp_path / "slow", tmp_path / "fast", "--length", 30, "--threads", 1)["measurements"]
+    assert row["latency_ratio"] > 3 and row["macs_ratio"] == 12
+
+
+def test_bench_restores_the_threads_and_takes_models_of_two_families(tmp_path):
+    saved(tmp_path / "bert")
+    saved(tmp_path / "distilbert", "DistilBertForQuestionAnswering", vocab_size=31)
+    before = torch.get_num_threads()
+    options = ["--length", 8, "--threads", before + 1, "--repeats", 1]
+    (row,) = answered("bench", tmp_path / "bert", tmp_path / "distilbert", *options)["measurements"]
+    assert row["threads"] == before + 1 and torch.get_num_threads() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["compile", "onnx", "onnx-int8"])
+def test_bench_on_other_backends(backend, pair, monkeypatch):
+    import onnx
+
+    operations = []
+
+    def session(path, threads):
+        operations.append({node.op_type for node in onnx.load(path).graph.node})
+        return inference_session(path, threads)
+
+    monkeypatch.setattr(benchmark, "inference_session", session)
+    options = ["--backend", backend, "--length", 8, "--repeats", 2, "--threads", 1]
+    (row,) = answered("bench", *pair, *options)["measurements"]
+    assert row["backend"] == backend and row["dense"]["median"] > 0 and row["pruned"]["median"] > 0
+    assert set(pair[0].parent.iterdir()) == {*pair}
+    in_int8 = ["MatMulInteger" in found or "DynamicQuantizeMatMul" in found for found in operations]
+    assert in_int8 == {"compile": [], "onnx": [False] * 2, "onnx-int8": [True] * 2}[backend]
+
+
+def test_what_cannot_be_timed_is_refused(pair, monkeypatch):
+    assert "must be one of eager, compile, onnx, onnx-int8, got 'tpu'" in refused("bench", *pair, "--backend", "tpu")
+    assert "`length` must be at most 39, what both models read, got 40" in refused("bench", *pair, "--length", 40)
+    for name in ("batch-size", "length", "threads", "repeats", "warmup"):
+        assert f"`{name.replace('-', '_')}` must be at least 1, got 0" in refused("bench", *pair, f"--{name}", 0)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    error = "ONNX needs onnxruntime: `pip install 'hf-oto[onnx]'`."
+    assert error in refused("bench", *pair, "--backend", "eager", "--backend", "onnx")
+    assert error in refused("export", pair[0], "model.onnx")
+
+
+# export
+
+
+def in_onnxruntime(path, model, **sizes):
+    """The outputs of the file on a padded batch that the export has not seen, and those of the model."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert {(value.shape[0], value.shape[-1]) for value in session.get_inputs()} == {("batch", "length")}
+    inputs = batch(model, **sizes)
+    if "token_type_ids" in {value.name for value in session.get_inputs()}:
+        inputs["token_type_ids"] = inputs["input_ids"] % 2
+    with torch.no_grad():
+        expected = model(**inputs)
+    values = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    names = [value.name for value in session.get_outputs()]
+    actual = {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
+    return actual, {name: expected[name] for name in names}
+
+
+# An export takes seconds: one of those with the blocks of BERT, and one of the decoders, whose heads Qwen3 normalizes.
+LIKE_ANOTHER = {"roberta", "xlm-roberta", "electra", "camembert", "bert-generation", "llama"}
+READERS = [name for name in ONE_EACH + OTHERS if getattr(transformers, name).main_input_name == "input_ids"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in READERS if family_of(name) not in LIKE_ANOTHER])
+def test_export_of_a_model_with_a_block_cut_to_nothing(name, tmp_path):
+    """Its last block has neither a head nor a neuron."""
+    model = tiny_model(name, num_hidden_layers=2)
+    zero_uneven(model)
+    small = compress(model)
+    summary = summarize(small)
+    assert summary.heads[1] == summary.neurons[1] == 0 < summary.heads[0]
+    small.save_pretrained(tmp_path / "small")
+    out = tmp_path / "onnx" / "small.onnx"
+    found = answered("export", tmp_path / "small", out)
+    assert list(out.parent.iterdir()) == [out] and found["bytes"] == out.stat().st_size > 4 * summary.parameters
+    inputs = ["input_ids", "attention_mask"] + ["token_type_ids"] * (family_of(name) == "bert")
+    names = ["start_logits", "end_logits"] if name.endswith("ForQuestionAnswering") else ["logits"]
+    assert found == found | {"inputs": inputs, "outputs": names, "int8_error": None}
+    assert 0 < found["error"] < 1e-5
+    for length in (5, 37):
+        actual, expected = in_onnxruntime(out, small, length=length)
+        assert largest_difference(actual, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name not in READERS])
+def test_models_that_read_no_tokens_are_refused_before_their_weights_are_read(name, tmp_path):
+    model = saved(tmp_path / "model", name)
+    wordpiece().save_pretrained(tmp_path / "model")
+    saved(tmp_path / "reader")
+    for folder in ("model", "reader"):
+        (tmp_path / folder / "model.safetensors").unlink()
+    before, path = everything_in(tmp_path), tmp_path / "model"
+    error = f"`model` must read tokens, {name} reads '{model.main_input_name}'"
+    assert error in refused("export", path, tmp_path / "new.onnx")
+    assert error in refused("bench", path, path)
+    assert error in refused("bench", tmp_path / "reader", path)
+    assert error in refused("answer", path, "--question", "why?", "--context", "a")
+    for call in (lambda: export_onnx(model, tmp_path / "new" / "model.onnx"), lambda: measure(model, model)):
+        with pytest.raises(ValueError, match=error):
+            call()
+    assert everything_in(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_export_in_int8_says_how_far_the_logits_are(tmp_path):
+    model = tiny_model("BertForMultipleChoice", num_hidden_layers=1)
+    small = compress(model)
+    small.half().save_pretrained(tmp_path / "small")  # exported in float32 all the same
+    out = tmp_path / "small.onnx"
+    result = run("export", tmp_path / "small", out, "--int8")
+    assert result.exit_code == 0 and result.stderr == ""
+    assert "int8, which is in the file, by " in result.stdout and "outputs logits" in result.stdout
+    reported = float(result.stdout.split("in the file, by ")[1].split(",")[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small", "small.onnx"]
+    assert b"DynamicQuantizeLinear" in out.read_bytes()
+    actual, expected = in_onnxruntime(out, small.float(), length=20)
+    # Other tokens than the report's: of its order, neither exact nor nonsense.
+    assert 1e-4 < largest_difference(actual, expected) < 3 * reported < 0.5
+
+
+@pytest.mark.slow
+def test_export_says_what_onnxruntime_answers(reader, tmp_path):
+    """Against PyTorch's answers, and those of the written file, scored by the example's metric."""
+    import onnxruntime
+
+    made = make_questions(12, seed=19)
+    file = write(tmp_path / "dev.json", squad(*made, *make_questions(3, seed=6)))
+    out = tmp_path / "reader.onnx"
+    found = answered("export", reader, out, "--int8", "--squad", file, "--max-questions", 12)
+    answerer = QuestionAnswerer.from_pretrained(reader)
+    in_int8 = OnnxAnswerer(answerer, onnxruntime.InferenceSession(str(out)))
+    metric = evaluate.load(str(EXAMPLE / "squad_score"), "v1.1", keep_in_memory=True)
+    for key, one in (("scores", answerer), ("int8_scores", in_int8)):
+        # All together: int8 scales its activations by what is in the batch.
+        answers = one.answer([asked["question"] for _, asked in made], [context for context, _ in made])
+        predictions, references = [], []
+        for (_, asked), (best,) in zip(made, answers, strict=True):
+            predictions.append({"id": asked["id"], "prediction_text": best.text})
+            texts = [gold["text"] for gold in asked["answers"]]
+            references.append({"id": asked["id"], "answers": {"text": texts, "answer_start": [0] * len(texts)}})
+        expected = metric.compute(predictions=predictions, references=references)
+        assert found[key] == pytest.approx(expected) and expected["f1"] > 0
+
+
+@pytest.mark.slow
+def test_export_writes_nothing_where_it_refuses(tmp_path):
+    model = saved(tmp_path / "model", num_hidden_layers=1)
+    (tmp_path / "there.onnx").write_bytes(b"mine")
+    before = everything_in(tmp_path)
+    assert "exists already" in refused("export", tmp_path / "model", tmp_path / "there.onnx")
+    assert "must end in .onnx" in refused("export", tmp_path / "model", tmp_path / "model.pt")
+    assert "no config.json" in refused("export", tmp_path, tmp_path / "new.onnx")
+    questions = write(tmp_path / "dev.json", squad(*make_questions(1, seed=5)))
+    before = everything_in(tmp_path)
+    scored = ["export", tmp_path / "model", tmp_path / "new.onnx", "--max-questions"]
+    assert "has no tokenizer_config.json" in refused(*scored, 1, "--squad", questions)
+    assert "`limit` must be at least 1, got 0" in refused(*scored, 0, "--squad", questions)
+    assert "--max-questions is of the questions of --squad" in refused(*scored, 1)
+    assert "is no JSON of SQuAD's layout" in refused(*scored, 1, "--squad", tmp_path / "there.onnx")
+    with pytest.raises(ValueError, match="does not compute what PyTorch does.*Nothing is written"):
+        export_onnx(model, tmp_path / "new" / "model.onnx", atol=0.0)
+    with pytest.raises(ValueError, match="must be on the CPU in float32, got torch.float64"):
+        export_onnx(model.double(), tmp_path / "model.onnx")
+    assert everything_in(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_weights_too_large_for_one_file_lie_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_oto.deploy.onnx_export.LARGEST_FILE", 1000)
+    model = tiny_model("DistilBertModel", num_hidden_layers=1)
+    export_onnx(model, tmp_path / "model.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    actual, expected = in_onnxruntime(tmp_path / "model.onnx", model, length=11)
+    assert largest_difference(actual, expected) <= 1e-5
+
+
+# answer
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """A model that answers, with its tokenizer, on the disk."""
+    folder = tmp_path_factory.mktemp("reader")
+    tokenizer = wordpiece()
+    saved(folder, num_hidden_layers=1, vocab_size=len(tokenizer), max_position_embeddings=64)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_answer_gives_what_the_class_gives(reader, tmp_path):
+    (context, first), (_, second), *_ = make_questions(3, seed=1)
+    asked = [first["question"], second["question"]]
+    found = answered("answer", reader, "--question", asked[0], "--question", asked[1], "--context", context)
+    answerer = QuestionAnswerer.from_pretrained(reader)
+    expected = answerer.answer(asked, [context] * 2)
+    assert [row["question"] for row in found["questions"]] == asked
+    for row, own in zip(found["questions"], expected, strict=True):
+        assert row["answers"] == [vars(one) for one in own]
+    (tmp_path / "page.txt").write_text(context, encoding="utf-8")
+    options = ["--top-k", 500, "--no-answer", "--max-length", 50, "--stride", 10, "--max-answer-length", 4]
+    result = run("answer", reader, "--question", asked[0], "--context-file", tmp_path / "page.txt", *options)
+    assert result.exit_code == 0, result.stderr
+    answerer = QuestionAnswerer.from_pretrained(reader, max_length=50, stride=10, max_answer_length=4)
+    lines = [
+        f"{one.score:.3f}  {one.start}-{one.end}  {one.text or '(no answer)'}"
+        for one in answerer(asked[0], context, top_k=500, no_answer=True)
+    ]
+    assert result.stdout.splitlines() == lines and any(line.endswith("  0-0  (no answer)") for line in lines)
+
+
+def test_what_cannot_be_answered_is_refused(reader, tmp_path):
+    ask = ["--question", "why?"]
+    assert "either --context or --context-file" in refused("answer", reader, *ask)
+    assert "either --context or --context-file" in refused(
+        "answer", reader, *ask, "--context", "a", "--context-file", tmp_path / "a.txt"
+    )
+    assert "a.txt" in refused("answer", reader, *ask, "--context-file", tmp_path / "a.txt")
+    assert "must be text that is not empty" in refused("answer", reader, *ask, "--context", " ")
+    assert "`top_k` must be at least 1" in refused("answer", reader, *ask, "--context", "a", "--top-k", 0)
+    saved(tmp_path / "model")
+    assert "has no tokenizer_config.json" in refused("answer", tmp_path / "model", *ask, "--context", "a")
+    saved(tmp_path / "masked", "BertForMaskedLM")
+    wordpiece().save_pretrained(tmp_path / "masked")
+    assert "has no weights for qa_outputs.bias" in refused("answer", tmp_path / "masked", *ask, "--context", "a")
+    saved(tmp_path / "other", vocab_size=31)
+    wordpiece().save_pretrained(tmp_path / "other")
+    error = "`tokenizer` must be the one that the model was trained with"
+    assert error in refused("answer", tmp_path / "other", *ask, "--context", "a")
+
+
+def test_every_family_has_a_test_here():
+    assert {family_of(name) for name in EVERY} == set(BLOCK_SPECS)

@@ -1,0 +1,148 @@
+"""Runs HSPG on every rank of a process group, and writes what each rank held: started by torchrun, by a test.
+
+`ranks.py MODE FOLDER`, MODE one of `single`, `ddp`, `ddp4`, `fsdp`, `fsdp_blocks`: families in turn in a bare loop, on
+the same global batches, all of them in `ALL_FAMILIES`; `shrinking`: one family under DDP, with zero groups cut out on
+the way; or `trainer`: OTOTrainer under accelerate, with gradient accumulation and checkpoints.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from families import ONE_EACH, OTHERS, family_of, question_batch, squares, tiny_model, training_batch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
+
+from hf_oto import OTOTrainer, compress, shrink
+from hf_oto.config import OTOConfig
+from hf_oto.hspg.optimizer import HSPG
+from hf_oto.models.architectures import BLOCK_SPECS
+from hf_oto.models.groups import partition
+
+STEPS, GLOBAL_BATCH = 24, 8
+ALL_FAMILIES = ("single", "ddp", "fsdp_blocks")
+CONFIG = OTOConfig(min_neurons=3, round_to=3)
+SHORT_CONFIG = OTOConfig(min_neurons=3, round_to=3, pruning_periods=3)
+
+
+def run(name: str, mode: str, rank: int, world: int) -> dict:
+    # Widths that two ranks share unevenly: 33 neurons, 3 heads of 9.
+    model = tiny_model(name, **uneven(name))
+    groups = partition(model)
+    wrapped = model
+    if mode.startswith("ddp"):
+        # As Trainer has it: ESM brings a head for contacts.
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    elif mode.startswith("fsdp"):
+        if mode == "fsdp_blocks":
+            for block in model.base_model.get_submodule(BLOCK_SPECS[groups.model_type].blocks):
+                fully_shard(block)
+        fully_shard(model)
+    config, steps = plan(name)
+    optimizer = HSPG(torch.optim.AdamW(model.named_parameters(), lr=3e-3), groups, config, steps)
+    history = []
+    for step in range(steps):
+        whole = training_batch(model, step, GLOBAL_BATCH)
+        # ESM takes a view of its labels.
+        found = wrapped(**{key: value[rank::world].contiguous() for key, value in whole.items()})
+        (found.loss if "loss" in found else squares(found)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(optimizer.param_groups[0]["hspg_status"].clone())
+    weights = {
+        key: value.full_tensor() if isinstance(value, DTensor) else value.clone()
+        for key, value in model.state_dict().items()
+    }
+    return {
+        "status": torch.stack(history),
+        "saliency": optimizer.param_groups[0]["hspg_saliency"].clone(),
+        "weights": weights,
+    }
+
+
+def run_shrinking(rank: int, world: int, shrinks: bool) -> dict:
+    model = tiny_model(ONE_EACH[0]).double()
+    wrapped = DistributedDataParallel(model)
+    optimizer = HSPG(torch.optim.AdamW(model.named_parameters(), lr=3e-3), partition(model), CONFIG, STEPS)
+    cuts = []
+    for step in range(STEPS):
+        whole = question_batch(model, step, GLOBAL_BATCH)
+        wrapped(**{key: value[rank::world] for key, value in whole.items()}).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if shrinks and optimizer.shrink_due:
+            shrink(model, optimizer)
+            wrapped = DistributedDataParallel(model)
+            cuts.append(step)
+    small = compress(model)
+    return {"cuts": cuts, "weights": {key: value.detach().clone() for key, value in small.named_parameters()}}
+
+
+def run_trainer(folder: Path) -> None:
+    questions = question_batch(tiny_model(ONE_EACH[0]), size=32)
+    trainer = OTOTrainer(
+        model=tiny_model(ONE_EACH[0]),
+        args=TrainingArguments(
+            str(folder / "run"),
+            max_steps=STEPS,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=3e-3,
+            save_steps=12,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=[{key: value[row] for key, value in questions.items()} for row in range(32)],
+        oto_config=OTOConfig(min_neurons=4, round_to=4, shrink_during_training=True),  # not under DDP, as it will say
+    )
+    trainer.train()
+    weights = {key: value.detach().clone() for key, value in trainer.model.state_dict().items()}
+    found = {"status": trainer.hspg.param_groups[0]["hspg_status"], "weights": weights}
+    torch.save(found, folder / f"trainer-{trainer.args.process_index}.pt")
+
+
+def plan(name: str) -> tuple[OTOConfig, int]:
+    """The settings and the number of steps; a short run where the blocks are all that is new."""
+    return (SHORT_CONFIG, STEPS // 2) if name in OTHERS else (CONFIG, STEPS)
+
+
+def uneven(name: str) -> dict:
+    sizes = {"hidden_size": 27, "num_attention_heads": 3, "intermediate_size": 33}
+    family = family_of(name)
+    if family == "distilbert":
+        return dict(zip(("dim", "n_heads", "hidden_dim"), sizes.values(), strict=True))
+    if family in ("esm", "modernbert"):  # a rotary head has an even size
+        return sizes | {"hidden_size": 30}
+    if family in ("wav2vec2", "hubert"):
+        return sizes | {"num_conv_pos_embedding_groups": 3}
+    if family in ("llama", "qwen3"):
+        return sizes | {"hidden_size": 30, "num_attention_heads": 6, "num_key_value_heads": 3}
+    return sizes
+
+
+def main(mode: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    if mode == "trainer":
+        run_trainer(Path(folder))
+        return
+    rank, world = 0, 1
+    if mode != "single":
+        dist.init_process_group("gloo")
+        rank, world = dist.get_rank(), dist.get_world_size()
+    if mode == "shrinking":
+        for shrinks in (False, True):
+            torch.save(run_shrinking(rank, world, shrinks), Path(folder) / f"{mode}-{shrinks}-{rank}.pt")
+        dist.destroy_process_group()
+        return
+    for name in ONE_EACH + OTHERS * (mode in ALL_FAMILIES):
+        torch.save(run(name, mode, rank, world), Path(folder) / f"{mode}-{name}-{rank}.pt")
+    if mode != "single":
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,97 @@
+"""Schedule: every step has one stage, and the share ramps up to the target."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_oto.config import OTOConfig
+from hf_oto.hspg.schedule import Schedule
+
+
+def test_the_default_run():
+    schedule = Schedule.from_config(OTOConfig(), 1000)
+    assert schedule.boundaries == tuple(150 + 45 * period for period in range(11))
+    assert [schedule.stage(step) for step in (0, 149, 150, 599, 600, 999, 5000)] == [
+        *["warmup"] * 2,
+        *["pruning"] * 2,
+        *["recovery"] * 3,
+    ]
+    assert [schedule.starts_period(step) for step in (149, 150, 151, 195, 555, 600)] == [False, True, False, True] + [
+        True,
+        False,
+    ]
+    assert [schedule.steps_left(step) for step in (150, 151, 194, 195, 599)] == [45, 44, 1, 45, 1]
+
+
+def test_saliency_is_observed_up_to_the_last_selection():
+    schedule = Schedule.from_config(OTOConfig(pruning_periods=2, warmup_ratio=0.1, pruning_end_ratio=0.5), 100)
+    assert schedule.boundaries == (10, 30, 50)
+    assert [step for step in range(100) if schedule.observed(step, 4, 0.98)] == [2, 6, *range(10, 31, 4)]
+    assert [step for step in range(100) if schedule.observed(step, 1, 0.98)] == list(range(31))
+    without_target = Schedule.from_config(OTOConfig(target_sparsity=None), 100)
+    assert not any(without_target.observed(step, 1, 0.98) for step in range(100))
+
+
+def test_what_a_selection_has_forgotten_is_not_observed():
+    """Steps that together weigh less than a hundredth of the running mean: 0.98^228 < 0.01 ≤ 0.98^227."""
+    schedule = Schedule.from_config(OTOConfig(pruning_periods=2, warmup_ratio=0.1, pruning_end_ratio=0.5), 10_000)
+    observed = [step for step in range(10_000) if schedule.observed(step, 1, 0.98)]
+    assert observed == [*range(1000 - 227, 1001), *range(3000 - 227, 3001)]
+    assert [step for step in range(10_000) if schedule.observed(step, 1, 0.0)] == [1000, 3000]
+    assert [step for step in range(10_000) if schedule.observed(step, 100, 0.98)] == [
+        *(800, 900, 1000),
+        *(2800, 2900, 3000),
+    ]
+    assert [step for step in range(10_000) if schedule.observed(step, 1, 0.9999)] == list(range(3001))
+
+
+def test_the_share_is_a_cubic_ramp():
+    schedule = Schedule.from_config(OTOConfig(pruning_periods=4), 100)
+    # s·(1 − (1 − j/4)³) with s = 0.8: 1 − 27/64, 1 − 8/64, 1 − 1/64, 1 of it
+    shares = [schedule.share(boundary, 0.8) for boundary in schedule.boundaries[:-1]]
+    assert shares == pytest.approx([0.8 * 37 / 64, 0.8 * 56 / 64, 0.8 * 63 / 64, 0.8], rel=1e-12)
+    assert shares[-1] == 0.8  # to the bit: the target itself
+
+
+def test_without_a_target_there_are_two_stages():
+    schedule = Schedule.from_config(OTOConfig(target_sparsity=None, warmup_ratio=0.25), 40)
+    assert [schedule.stage(step) for step in (0, 9, 10, 39)] == ["warmup", "warmup", "half-space", "half-space"]
+    assert schedule.periods == 0
+
+
+@pytest.mark.parametrize("total", [0, -3])
+def test_a_run_has_steps(total):
+    with pytest.raises(ValueError, match=f"`total_steps` must be at least 1, got {total}"):
+        Schedule.from_config(OTOConfig(), total)
+
+
+def test_periods_have_to_fit():
+    Schedule.from_config(OTOConfig(), 22)  # 3 … 13: ten periods of one step
+    with pytest.raises(
+        ValueError, match=r"`pruning_periods`=10 .* a run of 20 steps has 9 between `warmup_ratio`=0.15"
+    ):
+        Schedule.from_config(OTOConfig(), 20)
+
+
+@given(
+    st.integers(1, 3000), st.floats(0, 0.9), st.floats(0.01, 1), st.integers(1, 40), st.floats(0, 1, exclude_max=True)
+)
+def test_every_period_has_a_step_and_an_end(total, warmup, length, periods, target):
+    end = min(warmup + length, 1.0)
+    config = OTOConfig(warmup_ratio=warmup, pruning_end_ratio=end, pruning_periods=periods)
+    try:
+        schedule = Schedule.from_config(config, total)
+    except ValueError:
+        assert round(end * total) - round(warmup * total) < periods
+        return
+    first, last = schedule.boundaries[0], schedule.boundaries[-1]
+    assert (first, last) == (round(warmup * total), round(end * total))
+    starts = [step for step in range(total) if schedule.starts_period(step)]
+    assert len(starts) == periods
+    shares = [schedule.share(step, target) for step in range(first, last)]
+    assert shares == sorted(shares) and shares[-1] == target
+    left = [schedule.steps_left(step) for step in range(first, last)]
+    assert left.count(1) == periods and min(left) == 1
+    # It counts down to 1, and a period starts anew.
+    for step, (now, then) in enumerate(zip(left, left[1:], strict=False), start=first):
+        assert then == now - 1 if now > 1 else schedule.starts_period(step + 1)

@@ -1,0 +1,117 @@
+"""Two real processes, or four: every rank holds the same masks, those of one process on the same global batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from families import ONE_EACH, OTHERS, counts, largest_difference, outputs, removed_and_next, tiny_model
+from ranks import ALL_FAMILIES, GLOBAL_BATCH, plan, uneven
+from transformers import AutoModelForQuestionAnswering
+
+from hf_oto import partition
+from hf_oto.hspg import budget
+from hf_oto.hspg.optimizer import KEPT, ZERO
+from hf_oto.hspg.schedule import Schedule
+from hf_oto.models.groups import zero_groups
+
+pytestmark = pytest.mark.slow
+
+
+RANKS = {"single": 1, "ddp4": 4}  # 2 in every other mode
+
+
+def launch(mode, folder):
+    script, number = str(Path(ranks.__file__)), str(RANKS.get(mode, 2))
+    launcher = [] if number == "1" else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", number]
+    done = subprocess.run(
+        [sys.executable, *launcher, script, mode, str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Load what a rank held; each mode runs once, when it is first asked for."""
+    folder, modes = tmp_path_factory.mktemp("ranks"), set()
+
+    def load(mode, name, rank=0):
+        if mode not in modes:
+            modes.add(mode)
+            launch(mode, folder)
+        return torch.load(folder / f"{mode}-{name}-{rank}.pt", weights_only=True)
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [(mode, name) for mode in ("ddp", "fsdp", "fsdp_blocks") for name in ONE_EACH + OTHERS * (mode in ALL_FAMILIES)],
+)
+def test_ranks_agree_with_each_other_and_with_one_process(ran, mode, name):
+    agree(ran, mode, name)
+
+
+def test_four_ranks_agree_with_each_other_and_with_one_process(ran):
+    for name in ONE_EACH:
+        agree(ran, "ddp4", name)
+
+
+def agree(ran, mode, name):
+    first, *others = (ran(mode, name, rank) for rank in range(RANKS.get(mode, 2)))
+    alone = ran("single", name)
+    for other in others:
+        assert torch.equal(first["status"], other["status"])  # at every step
+        assert torch.equal(first["saliency"], other["saliency"])
+        assert all(torch.equal(first["weights"][key], other["weights"][key]) for key in first["weights"])
+
+    config, steps = plan(name)
+    start = Schedule.from_config(config, steps).boundaries[0]
+    assert not (alone["status"][start - 1] != KEPT).any() and (alone["status"][start] != KEPT).any()
+    assert torch.equal(first["status"][: start + 1], alone["status"][: start + 1])
+
+    # What is marked zero is zero, and the target is met with nothing that would still fit.
+    model = tiny_model(name, **uneven(name))
+    model.load_state_dict(first["weights"])
+    groups, parameters = partition(model), dict(model.named_parameters())
+    zero = {(array.layer, array.kind): zero_groups(array, parameters) for array in groups.arrays}
+    assert torch.equal(torch.cat(list(zero.values())), first["status"][-1] == ZERO)
+    removed, cheapest = removed_and_next(groups, config, zero)
+    half = budget.dense_cost(groups, config) / 2
+    assert half - cheapest < removed <= half
+
+
+def test_the_global_batch_is_split():
+    assert GLOBAL_BATCH % 4 == 0  # or the mean over the ranks is not that over the batch
+
+
+def test_ranks_that_shrink_agree_with_those_that_do_not(ran):
+    first, second = ran("shrinking", True, 0), ran("shrinking", True, 1)
+    assert first["cuts"] == second["cuts"] and len(first["cuts"]) > 2
+    full = ran("shrinking", False)["weights"]
+    assert first["weights"].keys() == full.keys()
+    for key, expected in full.items():
+        assert torch.equal(first["weights"][key], second["weights"][key])
+        assert torch.allclose(first["weights"][key], expected, rtol=0, atol=1e-7)  # float64, and Adam's ε of 1e-8
+
+
+def test_trainer_on_two_ranks_saves_once_what_both_hold(tmp_path):
+    assert "`shrink_during_training` does nothing: DistributedDataParallel" in launch("trainer", tmp_path)
+    first, second = (torch.load(tmp_path / f"trainer-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.equal(first["status"], second["status"]) and (first["status"] == ZERO).any()
+    assert all(torch.equal(first["weights"][key], second["weights"][key]) for key in first["weights"])
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-12", "checkpoint-24"}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    full = tiny_model(ONE_EACH[0])
+    full.load_state_dict(first["weights"])
+    small = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "run")
+    assert counts(small) != counts(full) and type(small).__name__ == f"OTO{ONE_EACH[0]}"
+    assert largest_difference(outputs(small), outputs(full)) <= 1e-5
