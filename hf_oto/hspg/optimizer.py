@@ -252,6 +252,30 @@ class HSPG(Optimizer):
                         f"them: {name!r} saved, {own!r} now. Resume with those the run began with."
                     )
 
+    def reschedule(self, total_steps: int) -> None:
+        """
+        Lay the stages out anew, for a run of another number of steps that has not begun: what was gathered or found
+        before its first step is forgotten.
+
+        Args:
+            total_steps (`int`):
+                Optimizer steps of the run, N.
+
+        Raises:
+            `ValueError`: A step was taken already, or the schedule does not fit in so many. Nothing is changed then.
+        """
+        if self.steps_done:
+            raise ValueError(
+                f"`total_steps`={total_steps} comes too late: {self.steps_done} of {self.schedule.total_steps} steps "
+                f"are taken, in stage {self.stage!r}. Make the model and its optimizer anew, or go on with "
+                f"`total_steps`={self.schedule.total_steps}."
+            )
+        self.schedule = Schedule.from_config(self.config, total_steps)
+        for name in (_SALIENCY, _STATUS):
+            self._first_group.pop(name, None)
+        self._first_group[_SETTINGS] = json.dumps(self._settings(), sort_keys=True)
+        self._share()
+
     # Where the run stands.
 
     @property

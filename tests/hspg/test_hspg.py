@@ -629,6 +629,30 @@ def test_a_state_of_another_run_is_refused():
     assert optimizer.steps_done == 3
 
 
+def test_a_run_that_has_not_begun_gets_another_length():
+    """As if it had been made with it, whatever was looked at before; once a step is taken it is too late."""
+    runs = []
+    for first in (STEPS, 400):
+        model, optimizer = model_and_optimizer("BertForQuestionAnswering", OTOConfig(**SMALL), steps=first)
+        if first != STEPS:
+            backward(model, 7)
+            optimizer.observe()  # and then there was no memory left
+            optimizer.zero_grad()
+            with pytest.raises(ValueError, match="`pruning_periods`=10 need"):
+                optimizer.reschedule(5)
+            assert optimizer.schedule.total_steps == 400
+            optimizer.reschedule(STEPS)
+        train(model, optimizer, STEPS)
+        runs.append((model, optimizer))
+    (model, optimizer), (other, again) = runs
+    assert again.target_reached and again.metrics() == optimizer.metrics()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert again.param_groups[0]["hspg_settings"] == optimizer.param_groups[0]["hspg_settings"]
+    with pytest.raises(ValueError, match="`total_steps`=80 comes too late: 40 of 40 steps are taken"):
+        again.reschedule(80)
+    assert again.schedule.total_steps == STEPS
+
+
 # With what it is used.
 
 
