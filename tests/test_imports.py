@@ -12,7 +12,7 @@ PACKAGE = ROOT / "hf_oto"
 # A wing imports from wings of a higher number only, and inside a wing a room from rooms that come later in its list.
 WINGS = {"": 0, "cli": 1, "training": 2, "deploy": 2, "report": 3, "hspg": 4, "models": 5, "config": 6}
 ROOMS = {
-    "cli": ["cli"],
+    "cli": ["app", "inspect", "compress", "bench", "latency", "export", "answer", "loading", "printing"],
     "training": ["trainer", "refusals", "distillation"],
     "deploy": ["benchmark", "latency_tables", "squad_scoring", "answering", "onnx_export", "threads"],
     "report": ["summary", "pictures"],

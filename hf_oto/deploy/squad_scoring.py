@@ -64,7 +64,7 @@ def read_questions(path: str | os.PathLike, limit: int | None = None) -> list[Qu
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be at least 1, got {limit}.")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         questions = [
             Question(asked["question"], paragraph["context"], tuple(gold["text"] for gold in asked["answers"]))
             for article in content["data"]

@@ -1,5 +1,6 @@
 """The command line on models on the disk: what it prints, writes and refuses."""
 
+import importlib
 import json
 import os
 import resource
@@ -27,7 +28,8 @@ from squad_data import make_questions, squad, wordpiece, write
 from typer.testing import CliRunner
 
 from hf_oto import HSPG, OTOConfig, QuestionAnswerer, partition, summarize
-from hf_oto.cli import app
+from hf_oto.cli.app import COMMANDS as APP_COMMANDS
+from hf_oto.cli.app import app
 from hf_oto.deploy import benchmark
 from hf_oto.deploy.answering import OnnxAnswerer
 from hf_oto.deploy.benchmark import measure
@@ -90,6 +92,25 @@ def test_help_and_version():
     assert run("--version").stdout.strip()[0].isdigit()
 
 
+def test_help_imports_no_command():
+    code = "import sys; from hf_oto.cli.app import main; sys.argv[1:] = ['--help']; main()"
+    heavy = "print([name for name in ('hf_oto.cli.inspect', 'hf_oto.cli.loading') if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import atexit, sys; atexit.register(lambda: {heavy}); {code}"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert "Commands:" in done.stdout and done.stdout.endswith("[]\n")
+
+
+def test_help_says_what_the_commands_say():
+    for command in COMMANDS:
+        function = getattr(importlib.import_module(f"hf_oto.cli.{command}"), command)
+        first = " ".join(function.__doc__.strip().split("\n\n")[0].split())
+        assert first == APP_COMMANDS[command]
+
+
 def test_mistakes_on_the_command_line_are_one_line():
     assert "No such command 'frob'" in refused("frob")
     assert "Missing argument 'MODEL'. Try `hf-oto inspect --help`." in refused("inspect")
@@ -101,7 +122,7 @@ def test_a_process_of_its_own_prints_one_line_and_importing_loads_no_tool(tmp_pa
         import sys
         import hf_oto
         print([name for name in ("typer", "onnx", "onnxruntime", "onnxscript") if name in sys.modules])
-        from hf_oto.cli import main
+        from hf_oto.cli.app import main
         sys.argv = ["hf-oto", "inspect", {str(tmp_path)!r}]
         main()
     """
@@ -112,7 +133,7 @@ def test_a_process_of_its_own_prints_one_line_and_importing_loads_no_tool(tmp_pa
     assert result.stderr == (
         f"hf-oto: error: {tmp_path} has no config.json. Give a folder with a model, or a model of the Hub.\n"
     )
-    assert 'hf-oto = "hf_oto.cli:main"' in (root / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'hf-oto = "hf_oto.cli.app:main"' in (root / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def test_the_libraries_speak_as_loudly_after_a_command_as_before(tmp_path):
@@ -262,6 +283,45 @@ def test_compress_makes_a_small_model_of_a_checkpoint(name, tmp_path):
     assert OTOConfig.from_pretrained(out).target_sparsity == 0.25
     for file in files[2:]:
         assert (out / file).read_bytes() == (checkpoint / file).read_bytes()
+
+
+def test_compress_keeps_what_it_does_not_know(tmp_path):
+    """Files of processors, other tokenizers and sentence-transformers' modules; not weights, code or training."""
+    checkpoint, out = tmp_path / "checkpoint-7", tmp_path / "small"
+    saved(checkpoint, zeros=True)
+    kept = ["preprocessor_config.json", "processor_config.json", "chat_template.jinja", "bpe.codes", "spiece.model"]
+    kept += [
+        "sentencepiece.bpe.model",
+        "modules.json",
+        "sentence_bert_config.json",
+        "1_Pooling/config.json",
+        "notes.md",
+    ]
+    kept += ["2_Dense/model.safetensors", "2_Dense/config.json", "additional_chat_templates/tool.jinja"]
+    dropped = ["ema_model.safetensors", "pytorch_model.bin", "tf_model.h5", "onnx/model.onnx", "openvino/model.xml"]
+    dropped += ["optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin", "trainer_state.json"]
+    dropped += ["checkpoint-3/model.safetensors", "runs/now/events.out.tfevents.1", ".gitattributes", "modeling_x.py"]
+    for file in (*kept, *dropped):
+        (checkpoint / file).parent.mkdir(exist_ok=True, parents=True)
+        (checkpoint / file).write_text(file)
+    answered("compress", checkpoint, out)
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert files == {"config.json", "model.safetensors", *CODE, *kept}
+    assert all((out / file).read_text() == file for file in kept)
+
+
+def test_a_config_that_names_a_head_without_weights_is_a_base_model(tmp_path):
+    """As in the published folders of sentence-transformers."""
+    checkpoint, out = tmp_path / "model", tmp_path / "small"
+    model = saved(checkpoint, "MPNetModel", zeros=True)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"architectures": ["MPNetForMaskedLM"]}))
+    assert answered("inspect", checkpoint)["class"] == "MPNetModel"
+    answered("compress", checkpoint, out)
+    small = transformers.AutoModel.from_pretrained(out)
+    assert largest_difference(outputs(small), outputs(model)) <= 1e-5
+    assert answered("inspect", out)["class"] == "OTOMPNetModel"
+    answered("bench", checkpoint, out, "--length", 8, "--repeats", 1)
 
 
 def test_compress_says_what_went_and_takes_an_empty_folder(tmp_path):
@@ -636,6 +696,17 @@ def test_answer_gives_what_the_class_gives(reader, tmp_path):
         for one in answerer(asked[0], context, top_k=500, no_answer=True)
     ]
     assert result.stdout.splitlines() == lines and any(line.endswith("  0-0  (no answer)") for line in lines)
+
+
+def test_places_in_a_file_are_its_own(reader, tmp_path):
+    """Line ends of two characters count as two, a byte-order mark is none."""
+    ask = "--question", "Who wrote it?"
+    text = "It was\r\nwritten\r\nby Ada Lovelace."
+    (tmp_path / "page.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    found = answered("answer", reader, *ask, "--context-file", tmp_path / "page.txt", "--top-k", 5)["questions"][0]
+    assert found == answered("answer", reader, *ask, "--context", text, "--top-k", 5)["questions"][0]
+    assert all(text[one["start"] : one["end"]] == one["text"] for one in found["answers"])
+    assert any(one["start"] > text.index("written") for one in found["answers"])
 
 
 def test_what_cannot_be_answered_is_refused(reader, tmp_path):

@@ -59,7 +59,7 @@ def pull(repo: str, file: str, revision: str = "main") -> None:
 
 
 def cli(*arguments: str) -> None:
-    from hf_oto.cli import main
+    from hf_oto.cli.app import main
 
     sys.argv[1:] = arguments
     main()

@@ -27,7 +27,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def main(pages: list[str]) -> None:
-    from hf_oto.cli import app
+    from hf_oto.cli.app import app
 
     names: dict = {"__name__": "__main__"}
     done: list[list[str]] = []

@@ -1,0 +1,66 @@
+"""`hf-oto bench`: two models side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Annotated, Any
+
+import torch
+import typer
+from tqdm.auto import tqdm
+
+from ..deploy import benchmark
+from ..deploy.onnx_export import check_packages
+from ..report.summary import markdown_table
+from .loading import load_model, read_text_config
+from .printing import JsonOption, show
+
+
+def bench(
+    dense: Annotated[str, typer.Argument(metavar="DENSE", help="The model to compare with: a folder, or of the Hub.")],
+    pruned: Annotated[str, typer.Argument(metavar="PRUNED", help="The small model: a folder, or of the Hub.")],
+    batch_size: Annotated[list[int] | None, typer.Option(help="Sequences of a batch; repeat it. Default 1.")] = None,
+    length: Annotated[list[int] | None, typer.Option(help="Tokens of a sequence; repeat it. Default 128.")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="eager, compile, onnx or onnx-int8; repeat it. By default eager.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of one operation. By default torch's number.")] = None,
+    repeats: Annotated[int, typer.Option(help="Runs of each model that count.")] = 30,
+    warmup: Annotated[int, typer.Option(help="Runs before them.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """
+    Time two models side by side on the CPU, their runs taking turns.
+
+    Medians, with quartiles in brackets. The ratio of the MACs is the limit of the ratio of the latencies.
+
+    Example: hf-oto bench dense small --batch-size 1 --batch-size 8 --length 384 --backend eager --threads 1
+    """
+    if backend and benchmark.ONNX_BACKENDS.intersection(backend):
+        check_packages()
+    configs = [read_text_config(name) for name in (dense, pruned)]
+    models = [load_model(*pair, dtype=torch.float32) for pair in zip((dense, pruned), configs, strict=True)]
+    choices: dict[str, Any] = {
+        "backends": backend or ["eager"],
+        "batch_sizes": batch_size or [1],
+        "lengths": length or [128],
+    }
+    timed = benchmark.measure(*models, **choices, threads=threads, repeats=repeats, warmup=warmup)
+    rounds = math.prod(len(values) for values in choices.values())
+    # None: only on a terminal.
+    measurements = list(tqdm(timed, desc="Timing", total=rounds, leave=False, disable=None))
+    columns = ("backend", "batch", "length", "dense ms", "pruned ms", "dense /s", "pruned /s", "latency", "MACs")
+    table = markdown_table(*columns)
+    rows = []
+    for one in measurements:
+        speeds = [one.throughput(latency) for latency in (one.dense, one.pruned)]
+        spreads = [f"{x.median:.2f} [{x.low:.2f}, {x.high:.2f}]" for x in (one.dense, one.pruned)]
+        numbers = [f"{speed:.1f}" for speed in speeds]
+        ratios = f"{one.latency_ratio:.2f}x", f"{one.macs_ratio:.2f}x"
+        table.add_row(one.backend, f"{one.batch_size}", f"{one.length}", *spreads, *numbers, *ratios)
+        row = {**dataclasses.asdict(one), "latency_ratio": one.latency_ratio}
+        rows.append({**row, "dense_throughput": speeds[0], "pruned_throughput": speeds[1]})
+    used = measurements[0].threads
+    text = f"{repeats} runs each, {used} thread{'s' if used > 1 else ''}, float32; the ratios are dense over pruned"
+    show({"dense": dense, "pruned": pruned, "measurements": rows}, [text, table], as_json)

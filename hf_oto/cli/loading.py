@@ -1,0 +1,119 @@
+"""Models from a folder or the Hub, by their configs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+
+from ..deploy.answering import QuestionAnswerer
+from ..models import modeling
+from ..models.architectures import BLOCK_SPECS, dense_model_type, refusal
+from ..models.trial_inputs import check_tokens
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Progress bars and warnings of loading say nothing to who asked for a table."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def read_config(name: str) -> PreTrainedConfig:
+    """The config of a supported family, from a folder or the Hub."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
+        raise ValueError(f"{name} has no {CONFIG_NAME}. Give a folder with a model, or a model of the Hub.")
+    # hf_oto's own classes: no code that came with a model runs.
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except OSError as error:
+        raise OSError(f"{name} is no folder, and no model that the Hub gives: {error}") from error
+    if dense_model_type(config.model_type) not in BLOCK_SPECS:
+        raise ValueError(f"{name} is {refusal(config.model_type)}")
+    return config
+
+
+def model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
+    """
+    The class that the config was saved with; the base model's where it does not say, and where it names a head that
+    the weights lack, as configs of sentence-transformers' models do.
+    """
+    base = type(config).__name__.replace("Config", "Model")
+    wanted = (config.architectures or [base])[0]
+    found = getattr(modeling, wanted, None) or getattr(transformers, wanted, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config)):
+        raise ValueError(
+            f"`architectures` of the config says {wanted!r}, which is no class of Transformers or hf_oto for "
+            f"{config.model_type!r}."
+        )
+    names = _weight_names(name)
+    if wanted == base or not names or any(one.startswith(f"{found.base_model_prefix}.") for one in names):
+        return found
+    return cast(type[PreTrainedModel], getattr(modeling, base, None) or getattr(transformers, base, found))
+
+
+def _weight_names(name: str) -> list[str]:
+    """What a model's weights are called in its safetensors; nothing where it has none."""
+    if (whole := file_of(name, SAFE_WEIGHTS_NAME)) is not None:
+        with safe_open(whole, framework="pt") as file:
+            return list(file.keys())
+    if (index := file_of(name, SAFE_WEIGHTS_INDEX_NAME)) is not None:
+        return list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+    return []
+
+
+def read_text_config(name: str) -> PreTrainedConfig:
+    """The config of a model that reads tokens; known before its weights are read."""
+    config = read_config(name)
+    check_tokens(model_class(config, name))
+    return config
+
+
+def empty_model(name: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model on the meta device: its shapes, no weights."""
+    with torch.device("meta"):
+        model = model_class(config, name)(config)
+    return model if config.dtype is None else cast(Any, model).to(config.dtype)
+
+
+def load_model(name: str, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    options: dict[str, Any] = {"config": config, "output_loading_info": True}
+    if dtype is not None:
+        options["dtype"] = dtype
+    loaded: Any = model_class(config, name).from_pretrained(name, **options)
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{name} lacks {len(missing)} weights of {type(model).__name__}: {missing[0]!r}, …. Give a complete model."
+        )
+    return model.eval()
+
+
+def load_answerer(name: str, **options: Any) -> QuestionAnswerer:
+    read_text_config(name)
+    if file_of(name, "tokenizer_config.json") is None:
+        raise ValueError(f"{name} has no tokenizer_config.json. Save the tokenizer with the model.")
+    return QuestionAnswerer.from_pretrained(name, **options)
+
+
+def file_of(name: str, file: str) -> str | None:
+    """A file of a folder or of a model on the Hub, if it is there."""
+    return cached_file(
+        name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
