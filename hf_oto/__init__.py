@@ -6,7 +6,8 @@ from .deploy.latency_tables import measure_latency
 from .hspg.optimizer import HSPG
 from .models.groups import partition
 from .models.surgery import compress, gather, shrink
-from .report.summary import plot_run, summarize
+from .report.pictures import plot_run
+from .report.summary import summarize
 from .training.trainer import OTOTrainer
 
 __all__ = [

@@ -15,7 +15,7 @@ ROOMS = {
     "cli": ["app", "inspect", "compress", "bench", "latency", "export", "answer", "loading", "printing"],
     "training": ["trainer", "refusals", "distillation"],
     "deploy": ["benchmark", "latency_tables", "squad_scoring", "answering", "onnx_export", "threads"],
-    "report": ["summary", "pictures"],
+    "report": ["card", "summary", "pictures", "tables"],
     "hspg": ["optimizer", "budget", "saliency", "schedule", "parts"],
     "models": [
         *("surgery", "modeling", "groups", "modes", "trial_inputs", "saved_names", "folders", "sharding"),

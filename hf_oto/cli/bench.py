@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..deploy import benchmark
 from ..deploy.onnx_export import check_packages
-from ..report.summary import markdown_table
+from ..report.tables import markdown_table
 from .loading import load_model, read_text_config
 from .printing import JsonOption, show
 

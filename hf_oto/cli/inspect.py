@@ -13,7 +13,8 @@ from ..config import LatencyTable, OTOConfig
 from ..hspg.budget import allowance, check_target, reach, target_examples
 from ..models.architectures import PRUNED_PREFIX
 from ..models.groups import partition
-from ..report.summary import markdown_table, summarize, summarize_kept
+from ..report.summary import summarize, summarize_kept
+from ..report.tables import markdown_table
 from .loading import empty_model, load_model, read_config
 from .printing import JsonOption, ModelArgument, show
 

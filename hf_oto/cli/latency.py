@@ -10,7 +10,7 @@ import torch
 import typer
 
 from ..deploy.latency_tables import measure_latency
-from ..report.summary import markdown_table
+from ..report.tables import markdown_table
 from .loading import load_model, read_config
 from .printing import JsonOption, show
 

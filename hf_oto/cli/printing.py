@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..report.summary import plain_text
+from ..report.tables import plain_text
 
 TABLE_WIDTH = 200  # not narrower where the terminal is: a cut number is a wrong one
 

@@ -138,6 +138,23 @@ def run_figure(log_history: Sequence[Mapping[str, Any]]) -> Any:
     return figure
 
 
+def plot_run(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+    """
+    Draw loss, removed share and stages of a run over its steps into a PNG or SVG file, written whole or not at all.
+
+    Args:
+        log_history (`Sequence[Mapping[str, Any]]`):
+            `trainer.state.log_history` of an [`OTOTrainer`], or what `trainer_state.json` has under that name.
+        path (`str` or `os.PathLike`): The file.
+
+    Raises:
+        `ValueError`: The name ends in neither `.png` nor `.svg`, or nothing was logged while the model trained.
+        `ImportError`: There is no matplotlib.
+    """
+    check_format(path)
+    save_figure(run_figure(log_history), path)
+
+
 def training_entries(log_history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The entries of a log that OTOTrainer wrote while it trained."""
     return [entry for entry in log_history if {"loss", "removed_params", "stage"} <= entry.keys()]

@@ -1,4 +1,4 @@
-"""What a model has kept, layer by layer: numbers, a text table, pictures; and what a model card says of it.
+"""What a model has kept, layer by layer: numbers, a text table, a picture.
 
 A group that is exactly zero counts as removed, so a zeroed model and its cut one have the same summary.
 """
@@ -6,18 +6,13 @@ A group that is exactly zero counts as removed, so a zeroed model and its cut on
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import EvalResult
-from rich import box
-from rich.console import Console, Group
-from rich.table import Table
+from rich.console import Group
 from transformers import PreTrainedModel
 
 from ..config import LatencyTable, OTOConfig
@@ -25,13 +20,8 @@ from ..hspg.budget import check_table, group_cost, removed_cost
 from ..models.architectures import BLOCK_SPECS
 from ..models.groups import Partition, partition, zero_groups
 from ..models.sharding import is_sharded
-from .pictures import FORMATS, check_format, layers_figure, run_figure, save_figure, training_entries
-
-TEXT_WIDTH = 100
-CAPTIONS = {
-    "layers": "Heads and neurons that every layer kept",
-    "run": "Loss and removed share over the steps of the training, with its stages",
-}
+from .pictures import check_format, layers_figure, save_figure
+from .tables import markdown_table, plain_text
 
 
 @dataclass(frozen=True)
@@ -165,39 +155,6 @@ class Summary:
         save_figure(self.figure(), path)
 
 
-def plot_run(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
-    """
-    Draw loss, removed share and stages of a run over its steps into a PNG or SVG file, written whole or not at all.
-
-    Args:
-        log_history (`Sequence[Mapping[str, Any]]`):
-            `trainer.state.log_history` of an [`OTOTrainer`], or what `trainer_state.json` has under that name.
-        path (`str` or `os.PathLike`): The file.
-
-    Raises:
-        `ValueError`: The name ends in neither `.png` nor `.svg`, or nothing was logged while the model trained.
-        `ImportError`: There is no matplotlib.
-    """
-    check_format(path)
-    save_figure(run_figure(log_history), path)
-
-
-def figures(summary: Summary, log_history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`"layers"` and, where a run has logged something, `"run"`; nothing where there is no matplotlib."""
-    try:
-        found = {"layers": summary.figure()}
-    except ImportError:
-        return {}
-    return {**found, "run": run_figure(log_history)} if training_entries(log_history) else found
-
-
-def save_figures(found: Mapping[str, Any], folder: str | os.PathLike) -> None:
-    """Write each figure into a folder, as PNG and as SVG."""
-    for name, figure in found.items():
-        for form in FORMATS:
-            save_figure(figure, Path(folder, f"{name}.{form}"))
-
-
 def summarize(
     model_or_partition: PreTrainedModel | Partition,
     *,
@@ -298,90 +255,6 @@ def summarize_kept(
     )
 
 
-def card_section(
-    summary: Summary,
-    *,
-    repo_id: str,
-    auto_class: str,
-    pictures: Sequence[str] = (),
-    scores: Mapping[str, float] | None = None,
-    dense_scores: Mapping[str, float] | None = None,
-) -> str:
-    """
-    What a model card says of the compression: what was removed, what is left of every layer, how to load it.
-
-    Args:
-        summary ([`Summary`]): Of the model.
-        repo_id (`str`): Where it is loaded from.
-        auto_class (`str`): The Auto class of its task.
-        pictures (`Sequence[str]`, *optional*):
-            Those of `"layers"` and `"run"` that lie beside the card, as [`save_figures`] writes them.
-        scores, dense_scores (`Mapping[str, float]`, *optional*):
-            Metrics of the model, and those of the dense one to be put beside them, by name.
-
-    Returns:
-        `str`: Markdown.
-    """
-    beside = {name: value for name, value in (scores or {}).items() if name in (dense_scores or {})}
-    rows = [f"| {name} | {(dense_scores or {})[name]:.4g} | {value:.4g} |" for name, value in beside.items()]
-    table = "\n".join(["| | dense | this model |", "| --- | --- | --- |", *rows]) + "\n\n" if rows else ""
-    layers = f"![{CAPTIONS['layers']}](layers.png)\n\n" if "layers" in pictures else ""
-    run = f"![{CAPTIONS['run']}](run.png)\n\n" if "run" in pictures else ""
-    faster = ""
-    if summary.latency_ratio is not None:
-        faster = (
-            f"\nA forward takes {1 - summary.latency_ratio:.1%} less time than the dense model's, by a table that "
-            f"was measured with {summary.latency_conditions}.\n"
-        )
-    return f"""## Compression
-
-While it was fine-tuned, whole attention heads and feed-forward neurons were removed by
-[Only Train Once](https://arxiv.org/abs/2107.07467): {1 - summary.prunable_ratio:.1%} of the weights that they own, and
-{1 - summary.macs_ratio:.1%} of their multiply-accumulates. No mask is left, and nothing has to be fine-tuned again.
-{faster}
-{table}{layers}{summary}
-
-{run}## How to load it
-
-```python
-from transformers import {auto_class}
-
-model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)
-```
-
-With `import hf_oto` before it, `trust_remote_code` is not needed.
-
-"""
-
-
-def leaderboard_results(
-    scores: Mapping[str, float], *, tasks: Sequence[str], datasets: Mapping[str, str]
-) -> list[EvalResult]:
-    """
-    Scores of an evaluation in the form in which the Hub's leaderboards read them from a model card.
-
-    Args:
-        scores (`Mapping[str, float]`): As [`Trainer`] logs them; only names that begin with `eval_` count, and of
-            these not how long it took.
-        tasks (`Sequence[str]`): The Hub's names of the tasks: `"question-answering"`.
-        datasets (`Mapping[str, str]`): The data sets' names, by their ids on the Hub.
-
-    Returns:
-        `list[EvalResult]`: One for every task, data set and score.
-    """
-    metrics = {
-        name.removeprefix("eval_"): value
-        for name, value in scores.items()
-        if name.startswith("eval_") and not name.endswith(("_time", "runtime", "_per_second", "_samples"))
-    }
-    return [
-        EvalResult(task_type=task, dataset_type=dataset, dataset_name=name, metric_type=metric, metric_value=value)
-        for task in tasks
-        for dataset, name in datasets.items()
-        for metric, value in metrics.items()
-    ]
-
-
 def total_cost(groups: Partition, heads: int, neurons: int, unit: str, sequence_length: int) -> int:
     """heads · c_head + neurons · c_neuron, with the costs c of [`~hf_oto.hspg.budget.group_cost`] in `unit`."""
     head, neuron = (group_cost(groups, kind, unit, sequence_length) for kind in ("heads", "neurons"))
@@ -412,18 +285,3 @@ def _sizes(model: PreTrainedModel, groups: Partition, kept: Sequence[int]) -> di
         sizes["encoder_parameters"] += number * (parameter in blocks)
         sizes["file_size"] += number * parameter.element_size()
     return sizes
-
-
-def plain_text(renderable: Any, width: int = TEXT_WIDTH) -> str:
-    """What rich prints, in so many columns and without colours, whatever the terminal."""
-    text = io.StringIO()
-    Console(file=text, width=width, color_system=None, force_terminal=False, force_jupyter=False).print(renderable)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
-
-
-def markdown_table(*columns: str) -> Table:
-    """An empty table for rich, in ASCII and valid Markdown: names on the left, numbers on the right."""
-    table = Table(box=box.MARKDOWN)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
-    return table

@@ -38,7 +38,8 @@ from ..models.modes import dropping_modules
 from ..models.saved_names import own_names
 from ..models.sharding import is_sharded
 from ..models.surgery import auto_class_of, compress, gather, shrink
-from ..report.summary import card_section, figures, leaderboard_results, save_figures, summarize
+from ..report.card import card_section, figures, leaderboard_results, save_figures
+from ..report.summary import summarize
 from .distillation import IGNORED, hidden_states_loss, load_teacher, logits_loss
 from .refusals import (
     NO_DEEPSPEED,

@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainingArguments
 
 from hf_oto import OTOConfig, OTOTrainer, compress, plot_run, summarize
+from hf_oto.report.card import figures
 from hf_oto.report.pictures import STAGES, run_figure, save_figure, stage_spans
-from hf_oto.report.summary import figures
 
 HEADS = (3, 0, 2)  # what `zero_uneven` leaves of three blocks of 4
 

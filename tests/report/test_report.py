@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_oto.models.architectures import BLOCK_SPECS
 from hf_oto.models.groups import partition, zero_groups
 from hf_oto.models.surgery import compress
-from hf_oto.report.summary import Summary, leaderboard_results, summarize
+from hf_oto.report.card import leaderboard_results
+from hf_oto.report.summary import Summary, summarize
 
 # What `zero_uneven` leaves of three blocks of 4 heads and 24 neurons.
 HEADS, NEURONS = (3, 0, 2), (16, 12, 0)

@@ -1,0 +1,118 @@
+"""What a model card says of a compression, and the pictures that lie beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from .pictures import FORMATS, run_figure, save_figure, training_entries
+from .summary import Summary
+
+CAPTIONS = {
+    "layers": "Heads and neurons that every layer kept",
+    "run": "Loss and removed share over the steps of the training, with its stages",
+}
+
+
+def figures(summary: Summary, log_history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`"layers"` and, where a run has logged something, `"run"`; nothing where there is no matplotlib."""
+    try:
+        found = {"layers": summary.figure()}
+    except ImportError:
+        return {}
+    return {**found, "run": run_figure(log_history)} if training_entries(log_history) else found
+
+
+def save_figures(found: Mapping[str, Any], folder: str | os.PathLike) -> None:
+    """Write each figure into a folder, as PNG and as SVG."""
+    for name, figure in found.items():
+        for form in FORMATS:
+            save_figure(figure, Path(folder, f"{name}.{form}"))
+
+
+def card_section(
+    summary: Summary,
+    *,
+    repo_id: str,
+    auto_class: str,
+    pictures: Sequence[str] = (),
+    scores: Mapping[str, float] | None = None,
+    dense_scores: Mapping[str, float] | None = None,
+) -> str:
+    """
+    What a model card says of the compression: what was removed, what is left of every layer, how to load it.
+
+    Args:
+        summary ([`Summary`]): Of the model.
+        repo_id (`str`): Where it is loaded from.
+        auto_class (`str`): The Auto class of its task.
+        pictures (`Sequence[str]`, *optional*):
+            Those of `"layers"` and `"run"` that lie beside the card, as [`save_figures`] writes them.
+        scores, dense_scores (`Mapping[str, float]`, *optional*):
+            Metrics of the model, and those of the dense one to be put beside them, by name.
+
+    Returns:
+        `str`: Markdown.
+    """
+    beside = {name: value for name, value in (scores or {}).items() if name in (dense_scores or {})}
+    rows = [f"| {name} | {(dense_scores or {})[name]:.4g} | {value:.4g} |" for name, value in beside.items()]
+    table = "\n".join(["| | dense | this model |", "| --- | --- | --- |", *rows]) + "\n\n" if rows else ""
+    layers = f"![{CAPTIONS['layers']}](layers.png)\n\n" if "layers" in pictures else ""
+    run = f"![{CAPTIONS['run']}](run.png)\n\n" if "run" in pictures else ""
+    faster = ""
+    if summary.latency_ratio is not None:
+        faster = (
+            f"\nA forward takes {1 - summary.latency_ratio:.1%} less time than the dense model's, by a table that "
+            f"was measured with {summary.latency_conditions}.\n"
+        )
+    return f"""## Compression
+
+While it was fine-tuned, whole attention heads and feed-forward neurons were removed by
+[Only Train Once](https://arxiv.org/abs/2107.07467): {1 - summary.prunable_ratio:.1%} of the weights that they own, and
+{1 - summary.macs_ratio:.1%} of their multiply-accumulates. No mask is left, and nothing has to be fine-tuned again.
+{faster}
+{table}{layers}{summary}
+
+{run}## How to load it
+
+```python
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)
+```
+
+With `import hf_oto` before it, `trust_remote_code` is not needed.
+
+"""
+
+
+def leaderboard_results(
+    scores: Mapping[str, float], *, tasks: Sequence[str], datasets: Mapping[str, str]
+) -> list[EvalResult]:
+    """
+    Scores of an evaluation in the form in which the Hub's leaderboards read them from a model card.
+
+    Args:
+        scores (`Mapping[str, float]`): As [`Trainer`] logs them; only names that begin with `eval_` count, and of
+            these not how long it took.
+        tasks (`Sequence[str]`): The Hub's names of the tasks: `"question-answering"`.
+        datasets (`Mapping[str, str]`): The data sets' names, by their ids on the Hub.
+
+    Returns:
+        `list[EvalResult]`: One for every task, data set and score.
+    """
+    metrics = {
+        name.removeprefix("eval_"): value
+        for name, value in scores.items()
+        if name.startswith("eval_") and not name.endswith(("_time", "runtime", "_per_second", "_samples"))
+    }
+    return [
+        EvalResult(task_type=task, dataset_type=dataset, dataset_name=name, metric_type=metric, metric_value=value)
+        for task in tasks
+        for dataset, name in datasets.items()
+        for metric, value in metrics.items()
+    ]
