@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .DELETE_ON_ERROR:
 
 demo: $(READY)
-	$(BIN)/python examples/squad/demo.py
+	$(BIN)/python examples/squad/demo/run_demo.py
 
 # One thread per worker (tests/conftest.py), so two workers fill two cores.
 test: $(READY)

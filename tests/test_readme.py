@@ -38,7 +38,7 @@ def test_every_block_runs_and_says_what_it_should(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     environment |= {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
     with Hub() as hub:
-        command = [sys.executable, "-W", "error:::hf_oto", ROOT / "tests" / "run_blocks.py", *PAGES]
+        command = [sys.executable, "-W", "error:::hf_oto", ROOT / "tests" / "helpers" / "run_blocks.py", *PAGES]
         done = subprocess.run(
             command,
             cwd=tmp_path,
@@ -58,7 +58,7 @@ def test_every_block_runs_and_says_what_it_should(tmp_path):
 
 
 def test_every_page_is_in_the_navigation():
-    assert {path.name for path in (ROOT / "docs").glob("*.md")} == set(NAV) and len(NAV) == 7
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} == set(NAV) and len(NAV) == 8
 
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=lambda page: f"{page.parent.name}/{page.name}")

@@ -3,10 +3,10 @@
 import dataclasses
 import json
 
-import latency as example
 import pytest
 import torch
 import transformers
+from benchmarks import latency as example
 from families import ONE_EACH, made_table, question_batch, removed_and_next, tiny_model, zero_uneven
 from transformers import TrainingArguments
 

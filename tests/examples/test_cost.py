@@ -3,10 +3,8 @@
 import json
 import math
 
-import cost
 import pytest
-import scale
-import speed
+from benchmarks import cost, scale, speed
 
 
 @pytest.mark.slow

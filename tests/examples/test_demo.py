@@ -6,12 +6,9 @@ import re
 from collections import Counter, defaultdict
 from types import SimpleNamespace
 
-import demo
 import pytest
-import scratch
-import synthetic
-import topics
 import torch
+from demo import run_demo, scratch, synthetic, topics
 from transformers import AutoConfig, AutoTokenizer
 
 SIZES = {"train": 400, "dev": 150}
@@ -123,7 +120,7 @@ def test_the_english_is_sound(splits):
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    demo.make_inputs(folder, demo.parse_arguments(["--steps", "50", "--eval_paragraphs", "60"]))
+    run_demo.make_inputs(folder, run_demo.parse_arguments(["--steps", "50", "--eval_paragraphs", "60"]))
     return folder
 
 
@@ -134,7 +131,7 @@ def test_the_tokenizer_loads_and_its_tokens_fit_the_answers(inputs):
     for context, question, text, start in questions(json.loads((inputs / "dev.json").read_text())):
         encoded = tokenizer(question["question"], context, return_offsets_mapping=True)
         assert tokenizer.unk_token_id not in encoded["input_ids"]
-        assert len(encoded["input_ids"]) <= demo.SEQUENCE_LENGTH
+        assert len(encoded["input_ids"]) <= run_demo.SEQUENCE_LENGTH
         tokens = [
             (token.removeprefix("##"), first, last)
             for token, (first, last), part in zip(
@@ -150,11 +147,11 @@ def test_the_tokenizer_loads_and_its_tokens_fit_the_answers(inputs):
 def test_the_config_fits_the_tokenizer(inputs):
     config = AutoConfig.from_pretrained(inputs / "model")
     assert config.vocab_size == len(AutoTokenizer.from_pretrained(inputs / "model"))
-    assert config.max_position_embeddings >= demo.SEQUENCE_LENGTH
+    assert config.max_position_embeddings >= run_demo.SEQUENCE_LENGTH
 
 
 def test_inputs_are_the_same_every_time(inputs, tmp_path):
-    demo.make_inputs(tmp_path, demo.parse_arguments(["--steps", "50", "--eval_paragraphs", "60"]))
+    run_demo.make_inputs(tmp_path, run_demo.parse_arguments(["--steps", "50", "--eval_paragraphs", "60"]))
     names = ("train.json", "dev.json", "model/tokenizer.json", "model/config.json", "model/model.safetensors")
     for name in names:
         assert (tmp_path / name).read_bytes() == (inputs / name).read_bytes(), name
@@ -191,14 +188,14 @@ def test_a_folder_that_is_not_the_demos_stays(tmp_path):
     target = tmp_path / "mine"
     target.mkdir()
     (target / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="`output_dir` .*mine was not made by this demo"), demo.new_folder(target):
+    with pytest.raises(ValueError, match="`output_dir` .*mine was not made by this demo"), run_demo.new_folder(target):
         raise AssertionError("unreachable")
     # What a link points to may be anybody's, even if a demo made it.
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / demo.MARKER).touch()
+    (tmp_path / "other" / run_demo.MARKER).touch()
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "other")
-    with pytest.raises(ValueError, match="not made by this demo"), demo.new_folder(link):
+    with pytest.raises(ValueError, match="not made by this demo"), run_demo.new_folder(link):
         raise AssertionError("unreachable")
     assert (target / "thesis.txt").read_text() == "years of work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "mine", "other"]
@@ -207,10 +204,10 @@ def test_a_folder_that_is_not_the_demos_stays(tmp_path):
 def test_a_run_that_fails_leaves_the_last_one(tmp_path):
     target = tmp_path / "demo"
     for content in ("first", "second"):
-        with demo.new_folder(target) as folder:
+        with run_demo.new_folder(target) as folder:
             (folder / content).touch()
-        assert sorted(path.name for path in target.iterdir()) == [demo.MARKER, content]
-    with pytest.raises(KeyboardInterrupt), demo.new_folder(target) as folder:
+        assert sorted(path.name for path in target.iterdir()) == [run_demo.MARKER, content]
+    with pytest.raises(KeyboardInterrupt), run_demo.new_folder(target) as folder:
         (folder / "half").touch()
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["demo"] and (target / "second").exists()
@@ -219,7 +216,7 @@ def test_a_run_that_fails_leaves_the_last_one(tmp_path):
 @pytest.mark.slow
 def test_the_demo_runs_from_end_to_end(tmp_path, capfd):
     target = tmp_path / "build" / "demo"
-    rows = demo.main(["--output_dir", str(target), "--steps", "24", "--eval_paragraphs", "10"])
+    rows = run_demo.main(["--output_dir", str(target), "--steps", "24", "--eval_paragraphs", "10"])
     shown = capfd.readouterr().out
     assert json.loads((target / "results.json").read_text()) == rows
     dense, pruned = rows["dense"], rows["pruned"]
@@ -231,7 +228,7 @@ def test_the_demo_runs_from_end_to_end(tmp_path, capfd):
     assert pruned["latency"] > 0
     for name in ("train.json", "dense/model.safetensors", "pruned/layers.png"):
         assert (target / name).stat().st_size > 0
-    assert not (target / demo.CACHE).exists()
+    assert not (target / run_demo.CACHE).exists()
     # What a new process scores is what the training one did.
     scored = json.loads((target / "pruned" / "all_results.json").read_text())
     assert (pruned["exact_match"], pruned["f1"]) == (scored["eval_exact_match"], scored["eval_f1"])

@@ -2,11 +2,11 @@
 
 import json
 
-import frontier
 import pytest
 import torch
+from benchmarks import frontier
+from benchmarks.frontier import DISTILLED, METHODS, Run, by_method, cut, plan, plot, result_table, retained, spread
 from families import counts, tiny_model, zero
-from frontier import DISTILLED, METHODS, Run, by_method, cut, plan, plot, result_table, retained, spread
 from rich.console import Console
 from transformers import AutoModelForQuestionAnswering
 

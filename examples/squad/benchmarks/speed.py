@@ -8,16 +8,19 @@ from layer to layer, as after a training, and speed does not depend on the weigh
 import argparse
 import dataclasses
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the example's own modules
+
 import torch
-from cost import SIZES, console
-from frontier import cut
 from outputs import write_json
 from rich.table import Table
 from transformers import BertConfig, BertForQuestionAnswering
 
+from benchmarks.cost import SIZES, console
+from benchmarks.frontier import cut
 from hf_oto import OTOConfig
 from hf_oto.deploy.benchmark import BACKENDS, Measurement, measure
 

@@ -11,25 +11,27 @@ import os
 import shutil
 import statistics
 import string
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the example's own modules
+
 import torch
 from outputs import write_json
 from processes import console, run_squad
 from rich.table import Table
-from scratch import make_model
-from synthetic import make_squad
 from tokenizers.trainers import WordPieceTrainer
 from transformers import AutoModelForQuestionAnswering, BertConfig, BertTokenizer, PreTrainedModel
 
+from demo.scratch import make_model
+from demo.synthetic import make_squad
 from hf_oto import summarize
 
-HERE = Path(__file__).resolve().parent
-OUTPUT_DIR = HERE.parents[1] / "build" / "demo"
+OUTPUT_DIR = Path(__file__).resolve().parents[3] / "build" / "demo"
 MARKER = ".hf_oto_demo"  # in a folder that a demo made, and may replace
 SEQUENCE_LENGTH = 128
 BATCH_SIZE = 32

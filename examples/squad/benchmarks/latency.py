@@ -6,17 +6,20 @@ the dense model's time that is gone, the median over the turns.
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the example's own modules
+
 import torch
-from cost import SIZES, console
 from outputs import write_json
 from rich.table import Table
 from transformers import BertConfig, BertForQuestionAnswering, PreTrainedModel
 
+from benchmarks.cost import SIZES, console
 from hf_oto import OTOConfig, measure_latency, partition
 from hf_oto.hspg.budget import removed_cost, target_examples
 from hf_oto.models.surgery import keep_groups

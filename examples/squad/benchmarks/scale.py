@@ -8,16 +8,19 @@ alone; the step is taken by models whose training fits into memory.
 import argparse
 import math
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the example's own modules
+
 import torch
-from cost import SIZES, console, seconds
 from outputs import write_json
 from rich.table import Table
 from torch.optim import AdamW
 from transformers import BertConfig, BertModel
 
+from benchmarks.cost import SIZES, console, seconds
 from hf_oto import HSPG, OTOConfig, partition
 from hf_oto.hspg.budget import allowance, dense_cost, floor_and_multiple, group_cost, select_groups
 from hf_oto.models.groups import Partition

@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from topics import TOPICS, TOWN, Pool, Relation, Topic
+from demo.topics import TOPICS, TOWN, Pool, Relation, Topic
 
 COUNTS = {2: "two", 3: "three"}
 MORE_OFTEN = (2, 2, 2, 3)  # two subjects are enough to choose from, and learned from sooner

@@ -10,15 +10,18 @@ import argparse
 import json
 import shutil
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the example's own modules
+
 import torch
 from arguments import parse_arguments
-from demo import common_options, make_inputs, step_options
+from demo.run_demo import common_options, make_inputs, step_options
 from processes import console, run_squad
 from rich.table import Table
 from run_squad import load_model
@@ -27,7 +30,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTraine
 from hf_oto import HSPG, OTOConfig, compress, partition
 from hf_oto.models.architectures import BLOCK_SPECS
 
-OUTPUT_DIR = Path(__file__).resolve().parents[2] / "build" / "frontier"
+OUTPUT_DIR = Path(__file__).resolve().parents[3] / "build" / "frontier"
 RUNS = "runs.jsonl"
 TARGETS = (0.3, 0.5, 0.7, 0.85, 0.95)
 DENSE = "dense"
@@ -43,8 +46,8 @@ METHODS = {
 }
 DISTILLED = {f"{name}+teacher": f"{METHODS[name]}, with a teacher" for name in ("hspg", "magnitude", "layers")}
 
-# What won in long runs at every size (README.md): the teacher is as wide as the student, and may be learnt from by its
-# hidden states; and the learning rate stays at its peak until the target is reached.
+# What won in long runs at every size (docs/experiments.md): the teacher is as wide as the student, and may be learnt
+# from by its hidden states; and the learning rate stays at its peak until the target is reached.
 TAUGHT_OPTIONS = ["--hidden_state_weight", "10", "--lr_scheduler_type", "warmup_stable_decay"]
 
 
