@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from ..config import OTOConfig
 from ..models.groups import GroupArray, Partition
 from . import budget
-from .parts import Part, Reading, check_sharding, from_first_rank, local, marks_of, parts_of, sum_over_shards
+from .parts import Part, Reading, can_clear, check_sharding, from_first_rank, local, marks_of, parts_of, sum_over_shards
 from .saliency import mask_derivatives, saliency_of, update_saliency
 from .schedule import Schedule
 
@@ -541,11 +541,11 @@ class HSPG(Optimizer):
         """Refuse, at the first step and not in the middle of the run, a state of which no part can be set to zero."""
         for name, (parameter, _) in self._places().items():
             for value in self.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and type(value) not in (Tensor, torch.nn.Parameter, DTensor):
+                if isinstance(value, Tensor) and not can_clear(value):
                     raise TypeError(
                         f"`base_optimizer` {type(self.base_optimizer).__name__} keeps a {type(value).__name__} for "
-                        f"{name!r}, where HSPG needs plain tensors: it sets to zero what is kept for zero groups. Use "
-                        f"another optimizer, such as AdamW."
+                        f"{name!r}, of which no part can be set to zero in place, as HSPG does with what is kept for "
+                        f"zero groups. Use another optimizer, such as AdamW."
                     )
 
     @property

@@ -121,6 +121,16 @@ def marks_of(parts: Iterable[Part]) -> list[tuple[int, int]]:
     return [(part.parameter.data_ptr(), part.parameter._version) for part in parts]
 
 
+def can_clear(tensor: Tensor) -> bool:
+    """Whether a part of a tensor can be set to zero in place: not of every kind that packs its entries into blocks."""
+    if type(tensor) in (Tensor, torch.nn.Parameter, DTensor) or not tensor.dim():
+        return True
+    try:
+        return tensor.index_fill_(0, torch.empty(0, dtype=torch.int64, device=tensor.device), 0) is tensor
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False
+
+
 def _zero_of(state: Mapping[str, Any], name: str) -> Tensor | int:
     """
     What stands for zero in a tensor of an optimizer's state: in the 8-bit states of bitsandbytes the code of zero, an

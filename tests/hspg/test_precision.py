@@ -306,22 +306,45 @@ def test_states_in_blocks_of_their_own_are_refused_by_name(optim, tmp_path):
 
 
 class Packed(torch.Tensor):
-    """A tensor of a kind of its own."""
+    """A tensor of a kind of its own, which says what it does not do as those do that hold blocks of packed entries."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.index_fill_ and cls is Packed:
+            raise NotImplementedError(f"{cls.__name__} does not implement {func}.")
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class Named(Packed):
+    """A tensor of a kind of its own that does all that a plain one does."""
 
 
 class Packing(torch.optim.SGD):
     """An optimizer that keeps such tensors."""
 
+    kind = Packed
+
     def step(self, closure=None):
         super().step(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
-                self.state[parameter]["packed"] = torch.zeros_like(parameter.detach()).as_subclass(Packed)
+                self.state[parameter]["packed"] = torch.ones_like(parameter.detach()).as_subclass(self.kind)
 
 
-def test_a_state_that_is_no_plain_tensor_is_refused_at_the_first_step():
+def test_a_state_of_which_no_part_can_be_cleared_is_refused_at_the_first_step():
     model = tiny_model(BERT)
     optimizer = HSPG(Packing(model.named_parameters(), lr=0.1), partition(model), CONFIG, STEPS)
     model(**question_batch(model, 0)).loss.backward()
     with pytest.raises(TypeError, match="`base_optimizer` Packing keeps a Packed for .*bert.* Use another optimizer"):
         optimizer.step()
+
+
+def test_a_state_of_a_kind_of_its_own_that_can_be_cleared_is_taken():
+    model = tiny_model(BERT)
+    base = Packing(model.named_parameters(), lr=0.1)
+    base.kind = Named
+    optimizer = HSPG(base, partition(model), CONFIG, STEPS)
+    model(**question_batch(model, 0)).loss.backward()
+    optimizer.step()
+    parameter = model.get_parameter(optimizer.partition.arrays[0].columns)
+    assert bool(optimizer.state[parameter]["packed"].eq(1).all())  # to ask changes nothing
