@@ -29,7 +29,17 @@ from torch.optim import Optimizer
 from ..config import OTOConfig
 from ..models.groups import GroupArray, Partition
 from . import budget
-from .parts import Part, Reading, can_clear, check_sharding, from_first_rank, local, marks_of, parts_of, sum_over_shards
+from .parts import (
+    Part,
+    Reading,
+    can_clear,
+    check_sharding,
+    from_first_rank,
+    local,
+    marks_of,
+    parts_of,
+    sum_over_shards,
+)
 from .saliency import mask_derivatives, saliency_of, update_saliency
 from .schedule import Schedule
 
