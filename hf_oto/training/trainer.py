@@ -11,7 +11,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from huggingface_hub import ModelCard, upload_folder
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -40,7 +39,7 @@ from ..models.sharding import is_sharded
 from ..models.surgery import auto_class_of, compress, gather, shrink
 from ..report.card import card_section, figures, leaderboard_results, save_figures
 from ..report.summary import summarize
-from .distillation import IGNORED, hidden_states_loss, load_teacher, logits_loss
+from .distillation import Distiller, load_teacher, share_of_step, sums_items, teacher_columns
 from .refusals import (
     NO_DEEPSPEED,
     check_model,
@@ -83,11 +82,12 @@ class OTOTrainer(Trainer):
     Args:
         oto_config ([`OTOConfig`], *optional*):
             The settings of the compression; all defaults if `None`.
-        teacher ([`PreTrainedModel`] or `str`, *optional*):
+        teacher ([`PreTrainedModel`], `str` or `os.PathLike`, *optional*):
             A model of the same task, or its folder or Hub id, that the one in training learns from beside the labels:
             the dense model of an ordinary fine-tuning, or a larger one. It is set to evaluation mode and moved to the
-            device of the training; it is no part of the model and saved nowhere. Everything else is as in
-            [`Trainer`].
+            device of the training; it is no part of the model and saved nowhere. Columns of the data that it reads are
+            kept for it. With it, the loss of a step is the mean over all of the step's labels, however many
+            micro-steps they come in, also of heads that leave that to Trainer. Everything else is as in [`Trainer`].
 
     Raises:
         `ValueError`: The model or the teacher is not supported, the target cannot be reached, or another setting rules
@@ -109,7 +109,7 @@ class OTOTrainer(Trainer):
         args: TrainingArguments | None = None,
         *others: Any,
         oto_config: OTOConfig | None = None,
-        teacher: PreTrainedModel | str | None = None,
+        teacher: PreTrainedModel | str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
         self.oto_config = OTOConfig() if oto_config is None else oto_config
@@ -130,6 +130,8 @@ class OTOTrainer(Trainer):
         self._check_supported()
         loaded = self._load_teacher(teacher, self.model)
         self.teacher = None if loaded is None else cast(nn.Module, loaded).to(self.args.device).eval()
+        self._teacher_asked = False
+        self._for_teacher: dict[str, Any] = {}  # what it alone reads of the batch
 
     # Before the first step.
 
@@ -140,7 +142,9 @@ class OTOTrainer(Trainer):
         if self.args.n_gpu > 1:
             raise ValueError("DataParallel is not supported by OTOTrainer. Launch one process per GPU.")
 
-    def _load_teacher(self, teacher: PreTrainedModel | str | None, model: Any) -> PreTrainedModel | None:
+    def _load_teacher(
+        self, teacher: PreTrainedModel | str | os.PathLike[str] | None, model: Any
+    ) -> PreTrainedModel | None:
         if teacher is None:
             return None
         return load_teacher(teacher, model, hidden_states=self.oto_config.hidden_state_weight > 0)
@@ -230,44 +234,52 @@ class OTOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        if self.teacher is None or not model.training:
+        distiller = self._distiller
+        if distiller is None or not model.training:
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-        labels = inputs.get("labels")  # label smoothing takes them out
-        states = {"output_hidden_states": True} if self.oto_config.hidden_state_weight else {}
+        self._teacher_asked = True
+        student, weight = self._plain_model(), self.oto_config.distillation_weight
+        # Many heads give their micro-step's mean, whatever they are told of the step's items: told of theirs, all do.
+        shifted = getattr(self, "_loss_shifts_labels", False)
+        share, num_items_in_batch = share_of_step(inputs, num_items_in_batch, shifted=shifted)
         loss, outputs = super().compute_loss(
-            model, {**inputs, **states}, return_outputs=True, num_items_in_batch=num_items_in_batch
+            model, {**inputs, **distiller.options}, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
-        known = inspect.signature(self.teacher.forward).parameters
-        asked = {name: value for name, value in inputs.items() if name in known and name not in self.label_names}
-        with torch.no_grad(), self.accelerator.autocast():
-            expected = self.teacher(**asked, **states)
-        distilled = self._distillation_loss(outputs, expected, inputs, labels)
-        if num_items_in_batch is not None and labels is not None:
-            # Trainer's sum over this micro-step's items counts as a share of the items of all; a mean has to as well.
-            distilled = distilled * labels.ne(IGNORED).sum() / num_items_in_batch
-            if self.args.average_tokens_across_devices:
-                distilled = distilled * self.accelerator.num_processes
-        loss = (1 - self.oto_config.distillation_weight) * loss + distilled
+        with self.accelerator.autocast():
+            taught, items = distiller(student, outputs, {**inputs, **self._for_teacher})
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            taught = taught * self.accelerator.num_processes  # as Trainer's own loss
+        loss = (1 - weight) * loss + taught * (items if sums_items(student) else 1)
+        if share is not None and not sums_items(student) and getattr(self, "loss_is_scaled_for_ga", None) is not False:
+            loss = loss * share
         return (loss, outputs) if return_outputs else loss
 
-    def _distillation_loss(
-        self, outputs: dict[str, Any], expected: dict[str, Any], inputs: dict[str, Any], labels: Tensor | None
-    ) -> Tensor:
-        """Mean over the micro-step's items, weighted."""
-        config, mask = self.oto_config, inputs.get("attention_mask")
-        loss = config.distillation_weight * logits_loss(
-            outputs,
-            expected,
-            temperature=config.distillation_temperature,
-            problem_type=getattr(self._plain_model().config, "problem_type", None),
-            counted_BL=None if labels is None else labels != IGNORED,
-        )
-        if config.hidden_state_weight:
-            states = hidden_states_loss(outputs["hidden_states"], expected["hidden_states"], mask)
-            loss = loss + config.hidden_state_weight * states
-        return loss
+    @property
+    def _distiller(self) -> Distiller | None:
+        """`None` where nothing is to be learnt from a teacher."""
+        if self.teacher is None:
+            return None
+        distiller = Distiller(cast(PreTrainedModel, self.teacher), self.oto_config)
+        return distiller if distiller.teaches else None
+
+    def _set_signature_columns_if_needed(self) -> None:
+        missing = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if missing and self._distiller is not None:
+            columns: Any = self._signature_columns
+            columns.extend(teacher_columns(self._distiller.teacher, self._plain_model()))
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """As in [`Trainer`], without what only the teacher reads: that is laid aside for it."""
+        prepared = super()._prepare_inputs(inputs)
+        if self._distiller is not None and isinstance(prepared, Mapping):
+            columns = teacher_columns(self._distiller.teacher, self._plain_model())
+            self._for_teacher = {name: prepared[name] for name in columns if name in prepared}
+            if self._for_teacher:
+                return {name: value for name, value in prepared.items() if name not in self._for_teacher}
+        return prepared
 
     def compute_loss_context_manager(self) -> Any:
         # Trainer has just set the model to training mode. The backward pass may go through the blocks once more.
@@ -285,6 +297,12 @@ class OTOTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._distiller is not None and not self._teacher_asked:
+            raise ValueError(
+                f"`teacher` was not asked: a `compute_loss` of {type(self).__name__} computes its loss without "
+                f"OTOTrainer's. Let it call `super().compute_loss(model, inputs, return_outputs=True, …)` and go on "
+                f"from that, hand a function over as `compute_loss_func`, or leave `teacher` out."
+            )
         if self._drops_nothing:
             model.train()
         if not math.isfinite(float(loss)):
