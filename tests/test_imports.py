@@ -14,7 +14,10 @@ WINGS = {"": 0, "cli": 1, "training": 2, "deploy": 2, "report": 3, "hspg": 4, "m
 ROOMS = {
     "cli": ["app", "inspect", "compress", "bench", "latency", "export", "answer", "loading", "printing"],
     "training": ["trainer", "refusals", "distillation"],
-    "deploy": ["benchmark", "latency_tables", "squad_scoring", "answering", "onnx_export", "threads"],
+    "deploy": [
+        *("benchmark", "latency_tables", "squad_scoring", "answering", "onnx_folder", "onnx_export"),
+        *("pooling", "model_files", "threads"),
+    ],
     "report": ["card", "summary", "pictures", "tables"],
     "hspg": ["optimizer", "budget", "saliency", "schedule", "parts"],
     "models": [

@@ -10,11 +10,13 @@ from typing import Any, cast
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from ..deploy.answering import QuestionAnswerer
+from ..deploy.model_files import WEIGHTS
 from ..models import modeling
 from ..models.architectures import BLOCK_SPECS, dense_model_type, refusal
 from ..models.trial_inputs import check_tokens
@@ -110,6 +112,11 @@ def load_answerer(name: str, **options: Any) -> QuestionAnswerer:
     if file_of(name, "tokenizer_config.json") is None:
         raise ValueError(f"{name} has no tokenizer_config.json. Save the tokenizer with the model.")
     return QuestionAnswerer.from_pretrained(name, **options)
+
+
+def local_folder(name: str) -> Path:
+    """A model's folder on this disk; of one on the Hub all files but its weights are fetched."""
+    return Path(name if Path(name).is_dir() else snapshot_download(name, ignore_patterns=[*WEIGHTS]))
 
 
 def file_of(name: str, file: str) -> str | None:

@@ -14,15 +14,16 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..models.folders import folder_beside
 from ..models.modes import evaluating
 from ..models.trial_inputs import example_batch, longest_input
+from .pooling import PooledModel, Pooling
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # A protobuf holds 2 GB at most; weights beyond that lie beside it.
@@ -68,6 +69,7 @@ def export_onnx(
     *,
     int8: bool = False,
     score: Callable[[Any], dict[str, float]] | None = None,
+    pooling: Pooling | None = None,
     atol: float = 1e-4,
     seed: int = 0,
 ) -> Export:
@@ -84,6 +86,8 @@ def export_onnx(
             Quantize the weights to int8, every output channel on its own, and activations as they come.
         score (`Callable`, *optional*):
             Called with ONNX Runtime's session of the model, of the float32 one and then of the int8 one.
+        pooling ([`~hf_oto.deploy.pooling.Pooling`], *optional*):
+            Pool inside the graph: it gives `token_embeddings` and `sentence_embedding`. For a base model.
         atol (`float`, *optional*, defaults to 1e-4):
             How far an output may be off before any quantization, as a share of its largest magnitude.
         seed (`int`, *optional*, defaults to 0): Of the random batches.
@@ -102,15 +106,16 @@ def export_onnx(
         raise FileExistsError(f"{path} exists already. Choose another file, or remove it.")
     if model.device.type != "cpu" or model.dtype != torch.float32:
         raise ValueError(f"`model` must be on the CPU in float32, got {model.dtype} on {model.device}.")
+    computed = model if pooling is None else PooledModel(model, pooling)
     longest = longest_input(model)
     sizes = ((1, 5), (3, min(longest, 96)), (5, min(longest, 24)))
     batches = [example_batch(model, size, length, seed=seed + size) for size, length in sizes]
     with folder_beside(path) as folder:
         plain = folder / path.name
         with _quiet():
-            _write(_traced(model, example_batch(model, 2, min(longest, 16), seed=seed)), plain)
+            _write(_traced(model, computed, example_batch(model, 2, min(longest, 16), seed=seed)), plain)
             session = inference_session(plain)
-            error, _ = _errors(model, session, batches)
+            error, _ = _errors(computed, session, batches)
         names = tuple(value.name for value in session.get_inputs()), tuple(v.name for v in session.get_outputs())
         if not error <= atol:  # NaN is wrong too
             raise ValueError(
@@ -124,7 +129,7 @@ def export_onnx(
             plain = _quantized(plain, folder / "int8" / path.name)
             with _quiet():
                 session = inference_session(plain)
-                int8_error, int8_mean = _errors(model, session, batches)
+                int8_error, int8_mean = _errors(computed, session, batches)
             if int8_error != int8_error:
                 raise ValueError("The int8 model computes NaN on random tokens. Nothing is written; do without int8.")
             int8_scores = None if score is None else score(session)
@@ -145,8 +150,8 @@ def inference_session(path: Path, threads: int | None = None) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _traced(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Any:
-    """The model as an `onnx_ir.Model`."""
+def _traced(model: PreTrainedModel, computed: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+    """What is computed, the model or something around it, as an `onnx_ir.Model`."""
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
     # Eager attention: plain matrix products and a softmax, as fast in ONNX Runtime as what becomes of sdpa.
@@ -156,8 +161,8 @@ def _traced(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Any:
     if cached:  # of a decoder the export reads whole sequences
         config.use_cache = False
     try:
-        with evaluating(model):
-            exported: Any = OnnxExporter().export(model, dict(batch), config=OnnxConfig(dynamic=True))
+        with evaluating(computed):
+            exported: Any = OnnxExporter().export(cast(Any, computed), dict(batch), config=OnnxConfig(dynamic=True))
     finally:
         model.set_attn_implementation(attention)
         if cached:
@@ -202,7 +207,7 @@ def _quantized(source: Path, target: Path) -> Path:
 
 
 @torch.no_grad()
-def _errors(model: PreTrainedModel, session: Any, batches: list[dict[str, Tensor]]) -> tuple[float, float]:
+def _errors(model: nn.Module, session: Any, batches: list[dict[str, Tensor]]) -> tuple[float, float]:
     """The largest and the mean difference of an output, as a share of its largest magnitude; NaN if one is."""
     worst = mean = torch.zeros(())
     for batch in batches:

@@ -1,0 +1,114 @@
+"""A folder with a model as ONNX, laid out as browsers, servers and embedding libraries read it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
+
+from ..models.architectures import BLOCK_SPECS, dense_model_type
+from ..models.folders import folder_beside
+from .model_files import copy_beside_weights
+from .onnx_export import Export, export_onnx
+from .pooling import Pooling
+
+GRAPH, INT8_GRAPH = "onnx/model.onnx", "onnx/model_int8.onnx"
+SPECIAL_TOKENS = "special_tokens_map.json"  # Transformers 5 writes none; fastembed reads it
+
+
+@dataclass(frozen=True)
+class FolderExport:
+    """
+    What was written.
+
+    Args:
+        path (`str`): The folder.
+        files (`tuple[str, ...]`): Its files.
+        exports (`tuple[Export, ...]`): Of `onnx/model.onnx`, and of `onnx/model_int8.onnx` if asked for.
+    """
+
+    path: str
+    files: tuple[str, ...]
+    exports: tuple[Export, ...]
+
+
+def dense_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """
+    The `config.json` of a model as if nothing had been cut: its `model_type` and architecture are the family's own,
+    and nothing says what single layers have kept. An ONNX file carries its own sizes; who reads it asks the config
+    which kind of model it is, for labels, and for the tokens that it reads.
+    """
+    family = dense_model_type(config.model_type)
+    pruned = {"per_layer_config", "auto_map"} | (set() if BLOCK_SPECS[family].own_head_size else {"head_dim"})
+    values = {name: value for name, value in config.to_dict().items() if name not in pruned}
+    architectures = [name.removeprefix("OTO") for name in values.get("architectures") or []]
+    return {**values, "model_type": family, "architectures": architectures}
+
+
+def export_folder(
+    model: PreTrainedModel,
+    path: str | os.PathLike,
+    source: str | os.PathLike,
+    *,
+    int8: bool = False,
+    pooling: Pooling | None = None,
+    **options: Any,
+) -> FolderExport:
+    """
+    Write a model as ONNX with all that is read beside it.
+
+    Args:
+        model ([`PreTrainedModel`]): On the CPU, in float32.
+        path (`str` or `os.PathLike`): The folder, which must not exist. It appears whole or not at all.
+        source (`str` or `os.PathLike`):
+            The model's folder: everything in it but weights, config, code and training state is copied, so that
+            tokenizers, processors and the modules of sentence-transformers come along.
+        int8 (`bool`, *optional*, defaults to `False`): Write `onnx/model_int8.onnx` as well.
+        pooling ([`~hf_oto.deploy.pooling.Pooling`], *optional*): Pool inside the graph.
+        options: As in [`~hf_oto.deploy.onnx_export.export_onnx`].
+
+    Returns:
+        [`FolderExport`]
+
+    Raises:
+        `FileExistsError`: There is something at `path`.
+        `ValueError`: `source` has no tokenizer with a `tokenizer.json`, or see
+            [`~hf_oto.deploy.onnx_export.export_onnx`].
+    """
+    path, source = Path(path), Path(source)
+    if path.exists():
+        raise FileExistsError(f"{path} exists already. Choose another folder, or remove it.")
+    with folder_beside(path) as folder:
+        made = folder / "model"
+        (made / "onnx").mkdir(parents=True)
+        copy_beside_weights(source, made)
+        _complete_tokenizer(source, made)
+        values = {**dense_config(model.config), "architectures": [type(model).__name__.removeprefix("OTO")]}
+        (made / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        exports = [export_onnx(model, made / GRAPH, pooling=pooling, **options)]
+        if int8:
+            exports.append(export_onnx(model, made / INT8_GRAPH, pooling=pooling, int8=True, **options))
+        files = tuple(sorted(str(file.relative_to(made)) for file in made.rglob("*") if file.is_file()))
+        made.rename(path)
+    placed = (dataclasses.replace(one, path=str(path / Path(one.path).relative_to(made))) for one in exports)
+    return FolderExport(str(path), files, tuple(placed))
+
+
+def _complete_tokenizer(source: Path, made: Path) -> None:
+    """What engines that are not Python read of a tokenizer, where its folder does not have it."""
+    if (made / "tokenizer.json").is_file() and (made / SPECIAL_TOKENS).is_file():
+        return
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if not (made / "tokenizer.json").is_file():
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(f"{source} has no tokenizer.json, and {type(tokenizer).__name__} makes none.")
+        tokenizer.save_pretrained(made)
+    if not (made / SPECIAL_TOKENS).is_file():
+        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+        (made / SPECIAL_TOKENS).write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
