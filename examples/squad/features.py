@@ -1,6 +1,6 @@
 """Questions -> the windows of tokens that the model reads.
 
-Shapes: `F` windows of a batch, `T` tokens of all its windows one after another.
+Shapes: `E` questions of a batch, `F` their windows, `T` tokens of all windows one after another.
 """
 
 from collections.abc import Callable
@@ -63,11 +63,13 @@ def feature_maker(
         offsets_T = np.array([pair for window in offsets for pair in window], dtype=np.int64)
         sequence_T = [sequence for i in range(len(offsets)) for sequence in encoded.sequence_ids(i)]
         context_T = np.array([sequence == 1 for sequence in sequence_T])
+        window_T = np.repeat(np.arange(len(offsets)), lengths_F)
         starts_T = np.where(context_T, offsets_T[:, 0], OUTSIDE)
         ends_T = np.where(context_T, offsets_T[:, 1], OUTSIDE)
         columns = dict(encoded)
         if labels:
-            answers_F2 = np.array([answer_span(answer) for answer in batch["answers"]])[source_F]
+            answers_E2 = np.array([answer_span(answer) for answer in batch["answers"]])
+            answers_F2 = held_by_tokens(starts_T, ends_T, source_F[window_T], answers_E2)[source_F]
             positions = label_positions(starts_T, ends_T, lengths_F, answers_F2, null_F)
             columns["start_positions"], columns["end_positions"] = positions
         else:
@@ -89,16 +91,43 @@ def answer_span(answers: dict[str, list[Any]]) -> tuple[int, int]:
     return start, start + len(text.strip())
 
 
+def held_by_tokens(
+    starts_T: np.ndarray, ends_T: np.ndarray, example_T: np.ndarray, answers_E2: np.ndarray
+) -> np.ndarray:
+    """
+    The answers without what no token holds at their ends: characters that the tokenizer's normalizer drops, such as
+    accents in NFD. -1 where nothing is left.
+
+    Args:
+        starts_T, ends_T (`np.ndarray`): Characters of the context at which a token starts and ends, -1 outside.
+        example_T (`np.ndarray`): The question that a token's window is of.
+        answers_E2 (`np.ndarray`): Characters of the answers, start and end; -1 for none. `[E, 2]`
+
+    Returns:
+        `np.ndarray`: Likewise, `[E, 2]`.
+    """
+    answer_T2 = answers_E2[example_T]
+    some_T = starts_T < ends_T  # a space may be a token of no characters
+    reach = some_T & (ends_T > answer_T2[:, 0]), some_T & (starts_T < answer_T2[:, 1])
+    first_E, last_E = np.full(len(answers_E2), np.iinfo(np.int64).max), np.full(len(answers_E2), OUTSIDE)
+    np.minimum.at(first_E, example_T[reach[0]], starts_T[reach[0]])
+    np.maximum.at(last_E, example_T[reach[1]], ends_T[reach[1]])
+    held_E2 = np.stack([np.maximum(answers_E2[:, 0], first_E), np.minimum(answers_E2[:, 1], last_E)], axis=1)
+    return np.where((held_E2[:, 0] < held_E2[:, 1])[:, None], held_E2, OUTSIDE)
+
+
 def label_positions(
     starts_T: np.ndarray, ends_T: np.ndarray, lengths_F: np.ndarray, answers_F2: np.ndarray, null_F: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """
     The tokens at which each window's answer starts and ends; the null token's if the answer is not wholly in it.
 
+    Several tokens may stand for the same characters (of a rare one each has some bytes): the answer has all of them.
+
     Args:
         starts_T, ends_T (`np.ndarray`): Characters of the context at which a token starts and ends, -1 outside.
         lengths_F (`np.ndarray`): Tokens of each window.
-        answers_F2 (`np.ndarray`): Characters of the answer, start and end; -1 for none. `[F, 2]`
+        answers_F2 (`np.ndarray`): Characters of the answer, start and end, as tokens hold them; -1 for none. `[F, 2]`
         null_F (`np.ndarray`): Position of each window's null token.
 
     Returns:
@@ -108,14 +137,17 @@ def label_positions(
     position_T = np.arange(len(starts_T)) - np.repeat(first_F, lengths_F)
     answer_T2 = np.repeat(answers_F2, lengths_F, axis=0)
     context_T = starts_T != OUTSIDE
-    beyond = lengths_F.max()
-    # The last token that starts no later than the answer, and the first that ends no earlier.
-    begun_T = np.where(context_T & (starts_T <= answer_T2[:, 0]), position_T, -1)
-    done_T = np.where(context_T & (ends_T >= answer_T2[:, 1]), position_T, beyond)
-    start_F = np.maximum.reduceat(begun_T, first_F)
-    end_F = np.minimum.reduceat(done_T, first_F)
-    inside_F = (answers_F2[:, 0] >= 0) & (start_F >= 0) & (end_F < beyond) & (start_F <= end_F)
-    return np.where(inside_F, start_F, null_F), np.where(inside_F, end_F, null_F)
+    # The first token that ends after the answer's start, and the last that starts before its end.
+    start_F = np.minimum.reduceat(
+        np.where(context_T & (ends_T > answer_T2[:, 0]), position_T, lengths_F.max()), first_F
+    )
+    end_F = np.maximum.reduceat(np.where(context_T & (starts_T < answer_T2[:, 1]), position_T, -1), first_F)
+    found_F = (answers_F2[:, 0] >= 0) & (start_F <= end_F)
+    # Where the answer begins before the window, or goes on after it, these are not its first and last.
+    inside_F = (starts_T[first_F + np.where(found_F, start_F, 0)] <= answers_F2[:, 0]) & (
+        ends_T[first_F + np.where(found_F, end_F, 0)] >= answers_F2[:, 1]
+    )
+    return np.where(found_F & inside_F, start_F, null_F), np.where(found_F & inside_F, end_F, null_F)
 
 
 def null_position(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:

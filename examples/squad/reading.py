@@ -42,7 +42,7 @@ def read_squad(path: str, *, cache_dir: str | None = None) -> Dataset:
 
 def _questions(path: str, digest: str) -> Iterator[dict[str, Any]]:
     """The rows of a file that is laid out right. Fields that no row has may be of any type."""
-    for article in json.loads(Path(path).read_text(encoding="utf-8"))["data"]:
+    for article in json.loads(Path(path).read_text(encoding="utf-8-sig"))["data"]:
         for paragraph in article["paragraphs"]:
             for question in paragraph["qas"]:
                 answers = question.get("answers", [])
@@ -59,7 +59,7 @@ def check_layout(path: str) -> None:
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except ValueError as error:  # of json, or of the decoding
         raise ValueError(f"{path} is not JSON: {error}") from error
     place = "the file"

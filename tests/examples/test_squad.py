@@ -18,7 +18,7 @@ from families import made_table, tiny_model
 from features import OUTSIDE, check_tokenizer, feature_maker, label_positions
 from outputs import Results, check_output_dir, remove_checkpoints, write_json
 from reading import FEATURES, check_examples, read_squad
-from squad_data import byte_bpe, make_questions, question, squad, wordpiece, write
+from squad_data import byte_bpe, folding_bpe, make_questions, question, squad, wordpiece, write
 
 from hf_oto.config import OTOConfig
 from hf_oto.models.groups import partition
@@ -60,6 +60,13 @@ def test_every_question_of_a_file_is_a_row(tmp_path):
     assert found[2]["answers"] == {"text": ["1889", "1887 to 1889"], "answer_start": [48, 40]}
     assert found[3]["answers"] == {"text": ["Łukasz"], "answer_start": [7]}
     assert found[4]["answers"] == found[5]["answers"] == {"text": [], "answer_start": []}
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path):
+    path = write(tmp_path / "squad.json", squad(question("a", TOWER, "Where is it?", "Paris")))
+    Path(path).write_bytes(b"\xef\xbb\xbf" + Path(path).read_bytes())
+    found = read_squad(path, cache_dir=str(tmp_path / "cache"))
+    assert (found["id"][:], found["context"][:]) == (["a"], [TOWER])
 
 
 def test_fields_that_are_not_read_may_be_of_any_type(tmp_path):
@@ -279,6 +286,107 @@ def test_labels_of_spans_worked_out_by_hand():
     ):
         found = label_positions(starts, ends, lengths, np.array([answer, answer]), null)
         assert list(zip(*(side.tolist() for side in found), strict=True)) == [first, second], answer
+
+
+FATHA = "\u064e"
+ACUTE = "\u0301"
+LABELLED = {  # context, answer, and what its labels read, which is the answer but for what no token holds
+    "several tokens of one character": ("Snow \u2603 falls", "\u2603", "\u2603"),
+    "the last of them": ("\u96ea\u2603 falls", "\u2603", "\u2603"),
+    "one that becomes three": ("Add ½ cup", "½", "½"),
+    "one within a word": ("1½x cups", "½", "½"),
+    "a mark at the end": (f"The cafe{ACUTE} is open", f"cafe{ACUTE}", "cafe"),
+    "a mark at the end of all": (f"It is a cafe{ACUTE}", f"cafe{ACUTE}", "cafe"),
+    "a mark in the middle": (f"The re{ACUTE}gime is over", f"re{ACUTE}gime", f"re{ACUTE}gime"),
+    "a vowel sign": (f"\u0642\u0627\u0644 \u0643\u062a{FATHA} \u0647\u0648", f"\u0643\u062a{FATHA}", "\u0643\u062a"),
+    "marks alone": (f"The cafe{ACUTE}{ACUTE} is open", ACUTE + ACUTE, ""),
+}
+
+
+@pytest.mark.parametrize("case", LABELLED)
+@pytest.mark.parametrize("make", [wordpiece, folding_bpe], ids=lambda make: make.__name__)
+def test_labels_where_tokens_and_characters_are_not_one_to_one(make, case):
+    tokenizer = make()
+    context, answer, read = LABELLED[case]
+    asked = rows(question("a", context, "What?", (answer, context.index(answer))))
+    labelled, told = (windows_of(asked, tokenizer, labels=labels)[0] for labels in (True, False))
+    first, last = labelled["start_positions"], labelled["end_positions"]
+    if not read:
+        assert first == last == told["null_position"]
+        return
+    whole = context[told["token_start"][first] : told["token_end"][last]]
+    assert whole == read or make is wordpiece and read in whole and " " not in whole  # a word that it does not know
+    held = [
+        i
+        for i, (start, end) in enumerate(zip(told["token_start"], told["token_end"], strict=True))
+        if start != OUTSIDE and end > context.index(answer) and start < context.index(answer) + len(answer)
+    ]
+    assert (first, last) == (held[0], held[-1])
+    assert make is wordpiece or last > first or "mark" in case or len(read) > 1
+
+
+ALPHABET = [
+    "a",
+    "b",
+    "Ada",
+    " ",
+    " ",
+    ".",
+    "½",
+    "é",
+    f"e{ACUTE}",
+    FATHA,
+    "\u2603",
+    "\u96ea",
+    "\U0001f600",
+    "\u0643",
+    "ﬁ",
+]
+
+
+@pytest.mark.parametrize("make", [wordpiece, byte_bpe, folding_bpe], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("seed", range(2))
+def test_labels_are_the_tokens_that_hold_the_answer_in_every_window_that_has_them(make, seed):
+    """Against a search in the whole context's tokens, over random texts of all kinds of characters."""
+    random, tokenizer = np.random.default_rng(seed), make()
+    made = []
+    while len(made) < 60:
+        context = "".join(random.choice(ALPHABET, 60))
+        start, length = random.integers(0, len(context)), random.integers(1, 8)
+        if context[start : start + length].strip():
+            made.append(question(f"q{len(made)}", context, "a?", (context[start : start + length], int(start))))
+    asked = rows(*made)
+    labelled, told = (
+        windows_of(asked, tokenizer, labels=labels, max_seq_length=20, doc_stride=8) for labels in (True, False)
+    )
+    found = {True: 0, False: 0}
+    for window, where in zip(labelled, told, strict=True):
+        example = asked[where["example"]]
+        begin, end = answers_span(example)
+        spans = list(zip(where["token_start"], where["token_end"], strict=True))
+        encoded = tokenizer(example["question"], example["context"], return_offsets_mapping=True)
+        whole = [  # a space may be a token of no characters
+            span
+            for span, part in zip(encoded["offset_mapping"], encoded.sequence_ids(), strict=True)
+            if part == 1 and span[0] < span[1]
+        ]
+        first = next((span for span in whole if span[1] > begin), None)
+        last = next((span for span in reversed(whole) if span[0] < end), None)
+        nothing = first is None or last is None or first[0] >= last[1] or min(last[1], end) <= max(first[0], begin)
+        own = [i for i, span in enumerate(spans) if span[0] < span[1] and span[1] > begin and span[0] < end]
+        if nothing or not own or spans[own[0]][0] > first[0] or spans[own[-1]][1] < last[1]:
+            expected = where["null_position"], where["null_position"]
+        else:
+            expected = own[0], own[-1]
+        assert (window["start_positions"], window["end_positions"]) == expected, (example["context"], begin, end)
+        found[expected[0] != where["null_position"]] += 1
+    assert min(found.values()) > 40
+
+
+def answers_span(example):
+    """Characters of the first answer, without spaces around it."""
+    text, start = example["answers"]["text"][0], example["answers"]["answer_start"][0]
+    return start + len(text) - len(text.lstrip()), start + len(text.rstrip())
 
 
 def test_spaces_around_an_answer_are_no_part_of_it(tokenizer):

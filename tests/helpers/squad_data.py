@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from tokenizers import normalizers
 from tokenizers.trainers import WordPieceTrainer
 from transformers import BertTokenizer, PreTrainedTokenizerBase, RobertaTokenizer
 
@@ -88,3 +89,11 @@ def wordpiece(**options: Any) -> PreTrainedTokenizerBase:
 def byte_bpe(**options: Any) -> PreTrainedTokenizerBase:
     """RoBERTa's kind: a space belongs to the token after it, and a letter may be several tokens."""
     return RobertaTokenizer(**options).train_new_from_iterator(_texts(), 320, show_progress=False)
+
+
+def folding_bpe(**options: Any) -> PreTrainedTokenizerBase:
+    """The same of text in NFKC, where one character may become several, and without accents, which no token holds."""
+    tokenizer = byte_bpe(**options)
+    folding = [normalizers.NFD(), normalizers.StripAccents(), normalizers.NFKC()]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(folding)
+    return tokenizer
