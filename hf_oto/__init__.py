@@ -1,14 +1,20 @@
 """Train a Transformers model once and get a smaller, faster one out of it."""
 
-from .config import OTOConfig
-from .deploy.answering import QuestionAnswerer
-from .deploy.latency_tables import measure_latency
-from .hspg.optimizer import HSPG
-from .models.groups import partition
-from .models.surgery import compress, gather, shrink
-from .report.pictures import plot_run
-from .report.summary import summarize
-from .training.trainer import OTOTrainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .models.registration import register_types
+
+if TYPE_CHECKING:
+    from .config import OTOConfig
+    from .deploy.answering import QuestionAnswerer
+    from .deploy.latency_tables import measure_latency
+    from .hspg.optimizer import HSPG
+    from .models.groups import partition
+    from .models.surgery import compress, gather, shrink
+    from .report.pictures import plot_run
+    from .report.summary import summarize
+    from .training.trainer import OTOTrainer
 
 __all__ = [
     "HSPG",
@@ -24,3 +30,33 @@ __all__ = [
     "summarize",
 ]
 __version__ = "0.1.0"
+
+# Where each name is: its room is imported when the name is first asked for, and with it only what that room needs.
+_ROOMS = {
+    "HSPG": "hspg.optimizer",
+    "OTOConfig": "config",
+    "OTOTrainer": "training.trainer",
+    "QuestionAnswerer": "deploy.answering",
+    "compress": "models.surgery",
+    "gather": "models.surgery",
+    "measure_latency": "deploy.latency_tables",
+    "partition": "models.groups",
+    "plot_run": "report.pictures",
+    "shrink": "models.surgery",
+    "summarize": "report.summary",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_types()

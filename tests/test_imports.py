@@ -21,13 +21,23 @@ ROOMS = {
     "report": ["card", "summary", "pictures", "tables"],
     "hspg": ["optimizer", "budget", "saliency", "schedule", "parts"],
     "models": [
-        *("surgery", "modeling", "groups", "modes", "trial_inputs", "saved_names", "folders", "sharding"),
-        "architectures",
+        *(
+            "surgery",
+            "registration",
+            "modeling_oto",
+            "groups",
+            "modes",
+            "trial_inputs",
+            "saved_names",
+            "folders",
+            "sharding",
+        ),
+        "configuration_oto",
     ],
     "config": ["config"],
 }
-TORCH_ONLY = {"hspg", "config", "models.groups", "models.architectures"}
-TRAVELLING = {"models.modeling", "models.architectures"}  # copied beside the weights, where no other room is
+TORCH_ONLY = {"hspg", "config", "models.groups", "models.configuration_oto"}
+TRAVELLING = {"models.modeling_oto", "models.configuration_oto"}  # copied beside the weights, where no other room is
 UNPICKLERS = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PUBLIC = {"OTOConfig", "OTOTrainer", "HSPG", "QuestionAnswerer", "partition", "compress", "gather"}
 PUBLIC |= {"measure_latency", "shrink", "summarize", "plot_run"}
@@ -136,9 +146,9 @@ def test_the_listing_shows_the_wings():
         ("hspg.optimizer", "import transformers"),
         ("config", "from .models.groups import partition"),
         ("config", "import numpy as np"),
-        ("models.modeling", "from .groups import partition"),
-        ("models.modeling", "import safetensors"),
-        ("models.architectures", "from ..config import OTOConfig"),
+        ("models.modeling_oto", "from .groups import partition"),
+        ("models.modeling_oto", "import safetensors"),
+        ("models.configuration_oto", "from ..config import OTOConfig"),
         ("training.trainer", "import pickle"),
         ("training.trainer", "import torch\ntorch.load('x')"),
         ("training.trainer", "from torch import load"),

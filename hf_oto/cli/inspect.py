@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..config import CONFIG_NAME as OTO_CONFIG_NAME
 from ..config import LatencyTable, OTOConfig
 from ..hspg.budget import allowance, check_target, reach, target_examples
-from ..models.architectures import PRUNED_PREFIX
+from ..models.configuration_oto import PRUNED_PREFIX
 from ..models.groups import partition
 from ..report.summary import summarize, summarize_kept
 from ..report.tables import markdown_table

@@ -17,8 +17,9 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from ..deploy.answering import QuestionAnswerer
 from ..deploy.model_files import WEIGHTS
-from ..models import modeling
-from ..models.architectures import BLOCK_SPECS, dense_model_type, refusal
+from ..models import modeling_oto
+from ..models.configuration_oto import BLOCK_SPECS, dense_model_type
+from ..models.groups import refusal
 from ..models.trial_inputs import check_tokens
 
 
@@ -58,7 +59,7 @@ def model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
     """
     base = type(config).__name__.replace("Config", "Model")
     wanted = (config.architectures or [base])[0]
-    found = getattr(modeling, wanted, None) or getattr(transformers, wanted, None)
+    found = getattr(modeling_oto, wanted, None) or getattr(transformers, wanted, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config)):
         raise ValueError(
             f"`architectures` of the config says {wanted!r}, which is no class of Transformers or hf_oto for "
@@ -67,7 +68,7 @@ def model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
     names = _weight_names(name)
     if wanted == base or not names or any(one.startswith(f"{found.base_model_prefix}.") for one in names):
         return found
-    return cast(type[PreTrainedModel], getattr(modeling, base, None) or getattr(transformers, base, found))
+    return cast(type[PreTrainedModel], getattr(modeling_oto, base, None) or getattr(transformers, base, found))
 
 
 def _weight_names(name: str) -> list[str]:

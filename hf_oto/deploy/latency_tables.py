@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import LatencyTable
-from ..models.architectures import BLOCK_SPECS, PRUNED_PREFIX
+from ..models.configuration_oto import BLOCK_SPECS, PRUNED_PREFIX
 from ..models.groups import Partition, partition
 from ..models.sharding import is_sharded
 from ..models.surgery import keep_groups

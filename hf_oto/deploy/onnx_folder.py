@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from ..models.architectures import BLOCK_SPECS, dense_model_type
+from ..models.configuration_oto import BLOCK_SPECS, dense_model_type
 from ..models.folders import folder_beside
 from .model_files import copy_beside_weights
 from .onnx_export import Export, export_onnx

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architectures import BLOCK_SPECS, BlockSpec, attention_rows, dense_model_type, has_bias, refusal
+from .configuration_oto import BLOCK_SPECS, BlockSpec, attention_rows, dense_model_type, has_bias
+
+# Families that have blocks of this kind and are refused all the same, with the reason.
+REFUSED: dict[str, str] = {
+    "albert": "one block's weights serve all its layers, so that a layer cannot have sizes of its own",
+    "bart": "its decoder's cross-attention heads read the encoder's states, and both have their sizes in one config",
+    "t5": "its first block computes a bias by head that serves all blocks, and one config serves encoder and decoder",
+    "gpt2": "its projections keep rows and columns the other way round, and its key/value cache is laid out by head",
+}
 
 
 @dataclass(frozen=True)
@@ -190,6 +198,12 @@ def zero_groups(array: GroupArray, parameters: Mapping[str, Tensor]) -> Tensor:
             rows = parameters[owned.name].detach().narrow(0, block * length, length)
             silent &= (rows.reshape(array.count, -1) == 0).all(dim=1)
     return silent | no_output
+
+
+def refusal(model_type: str) -> str:
+    """Why models of a `model_type` that is no family of [`BLOCK_SPECS`] are refused, and which families are not."""
+    reason = f"which is refused: {REFUSED[model_type]}" if model_type in REFUSED else "whose groups are not known"
+    return f"of type {model_type!r}, {reason}. Supported families: {', '.join(BLOCK_SPECS)}."
 
 
 def _supported(model: nn.Module) -> tuple[Any, BlockSpec, str]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import BLOCK_SPECS, dense_model_type
+from .configuration_oto import BLOCK_SPECS, dense_model_type
 
 
 @contextmanager

@@ -15,14 +15,12 @@ from torch.func import functional_call
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .architectures import BLOCK_SPECS, dense_model_type, refusal
-from .groups import Partition, partition, zero_groups
-from .modeling import (
-    CONFIGS,
+from .configuration_oto import BLOCK_SPECS, PRUNED_PREFIX, BlockSpec, dense_model_type, layer_counts
+from .groups import Partition, partition, refusal, zero_groups
+from .modeling_oto import (
     KEPT_HEADS,
     BiasOnly,
-    block_fields,
-    layer_counts,
+    config_class,
     pruned_heads,
     replace_module,
     resize_heads,
@@ -245,7 +243,7 @@ def _as_many(groups: Partition, config: PreTrainedConfig) -> list[Tensor]:
 
 def block_counts(config: Any) -> list[tuple[int, int]]:
     """Heads and neurons of every block that the config of a dense or a pruned model gives."""
-    if isinstance(config, CONFIGS):
+    if config.model_type.startswith(PRUNED_PREFIX):
         return layer_counts(config)
     spec = BLOCK_SPECS[dense_model_type(config.model_type)]
     heads = getattr(config, spec.key_heads_field or spec.heads_field)
@@ -324,8 +322,7 @@ def pruned_config(config: PreTrainedConfig, heads: Sequence[int], neurons: Seque
         `ValueError`: The family is not supported, or a count is not possible.
     """
     family = dense_model_type(config.model_type)
-    classes = {dense_model_type(cls.model_type): cls for cls in CONFIGS}
-    if family not in classes:
+    if family not in BLOCK_SPECS:
         raise ValueError(f"`config` is {refusal(config.model_type)}")
     if len(heads) != len(neurons):
         raise ValueError(f"`heads` and `neurons` must have one count per block, got {len(heads)} and {len(neurons)}.")
@@ -338,8 +335,16 @@ def pruned_config(config: PreTrainedConfig, heads: Sequence[int], neurons: Seque
         layer: block_fields(spec, settings, count, width)
         for layer, (count, width) in enumerate(zip(heads, neurons, strict=True))
     }
-    pruned_class: Any = classes[family]
-    return pruned_class(**settings, attn_implementation=config._attn_implementation)
+    return config_class(family)(**settings, attn_implementation=config._attn_implementation)
+
+
+def block_fields(spec: BlockSpec, fields: Mapping[str, Any], heads: int, neurons: int) -> dict[str, int]:
+    """A block's entry in `per_layer_config`; `fields` are the dense config's."""
+    entry = {spec.heads_field: heads, spec.width_field: neurons}
+    if spec.key_heads_field:
+        queries = fields[spec.heads_field] // fields[spec.key_heads_field]
+        entry |= {spec.heads_field: heads * queries, spec.key_heads_field: heads}
+    return entry
 
 
 def _empty_model(cls: Any, model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
@@ -363,7 +368,7 @@ def _class_of(model: PreTrainedModel) -> Any:
 
 def _pruned_class(model: PreTrainedModel, config: PreTrainedConfig) -> Any:
     """The pruned class with the task of `model`."""
-    classes = {cls.__name__: cls for _, cls in pruned_heads(type(config))}
+    classes = {cls.__name__: cls for _, cls in pruned_heads(config.model_type)}
     name = _class_of(model).__name__
     cls = classes.get(name) or classes.get(f"OTO{name}")
     if cls is None:
@@ -376,9 +381,9 @@ def _pruned_class(model: PreTrainedModel, config: PreTrainedConfig) -> Any:
 
 def auto_class_of(model: PreTrainedModel) -> str:
     """The name of the Auto class that loads a model of a supported family once it is pruned."""
-    config_class = next(cls for cls in CONFIGS if dense_model_type(cls.model_type) == partition(model).model_type)
     name = type(model).__name__
-    return next(auto.__name__ for auto, cls in pruned_heads(config_class) if cls.__name__ in (name, f"OTO{name}"))
+    heads = pruned_heads(partition(model).model_type)
+    return next(auto for auto, cls in heads if cls.__name__ in (name, f"OTO{name}"))
 
 
 def _indices(groups: Partition, kept: Sequence[Tensor]) -> dict[str, tuple[int, Tensor]]:

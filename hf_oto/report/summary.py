@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..config import LatencyTable, OTOConfig
 from ..hspg.budget import check_table, group_cost, removed_cost
-from ..models.architectures import BLOCK_SPECS
+from ..models.configuration_oto import BLOCK_SPECS
 from ..models.groups import Partition, partition, zero_groups
 from ..models.sharding import is_sharded
 from .pictures import check_format, layers_figure, save_figure

@@ -35,11 +35,11 @@ from hf_oto.deploy.answering import OnnxAnswerer
 from hf_oto.deploy.benchmark import measure
 from hf_oto.deploy.onnx_export import export_onnx, inference_session
 from hf_oto.hspg.budget import reach
-from hf_oto.models.architectures import BLOCK_SPECS
+from hf_oto.models.configuration_oto import BLOCK_SPECS
 from hf_oto.models.surgery import compress
 
 COMMANDS = ("inspect", "compress", "latency", "bench", "export", "answer")
-CODE = ["architectures.py", "modeling.py"]  # what travels beside the weights
+CODE = ["configuration_oto.py", "modeling_oto.py"]  # what travels beside the weights
 BERT = ONE_EACH[0]
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "squad"
 

@@ -12,8 +12,8 @@ from transformers.utils import ModelOutput
 
 from hf_oto.config import LatencyTable, OTOConfig
 from hf_oto.hspg.budget import dense_cost, floor_and_multiple, removable_groups, removal_costs
+from hf_oto.models.configuration_oto import FAMILIES
 from hf_oto.models.groups import GroupArray, Partition, partition
-from hf_oto.models.modeling import FAMILIES
 
 _COMMON = {
     "vocab_size": 61,

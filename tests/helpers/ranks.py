@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 from hf_oto import OTOTrainer, compress, shrink
 from hf_oto.config import OTOConfig
 from hf_oto.hspg.optimizer import HSPG
-from hf_oto.models.architectures import BLOCK_SPECS
+from hf_oto.models.configuration_oto import BLOCK_SPECS
 from hf_oto.models.groups import partition
 
 STEPS, GLOBAL_BATCH = 24, 8

@@ -13,7 +13,7 @@ from torch.distributed.tensor import distribute_tensor
 from transformers import AutoModelForQuestionAnswering
 
 from hf_oto import HSPG, OTOConfig, OTOTrainer, compress, partition, shrink
-from hf_oto.models.modeling import BiasOnly, Headless
+from hf_oto.models.modeling_oto import BiasOnly, Headless
 
 SLOW = pytest.mark.slow
 
@@ -346,7 +346,7 @@ def test_trainer_ends_where_the_unshrunk_run_ends(name, options, tmp_path):
     first, second = (AutoModelForQuestionAnswering.from_pretrained(tmp_path / str(one)) for one in (True, False))
     assert type(second) is type(first) and counts(second) == counts(first) == counts(model)
     assert far(second, first) <= 1e-6
-    assert (tmp_path / "False" / "modeling.py").exists()
+    assert (tmp_path / "False" / "modeling_oto.py").exists()
 
 
 @pytest.mark.parametrize(

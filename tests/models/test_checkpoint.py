@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import AutoModel, AutoModelForQuestionAnswering
 
-from hf_oto.models import modeling
-from hf_oto.models.architectures import BLOCK_SPECS, has_bias
+from hf_oto.models import modeling_oto, surgery
+from hf_oto.models.configuration_oto import BLOCK_SPECS, has_bias
 from hf_oto.models.groups import partition
 from hf_oto.models.surgery import auto_class_of, compress
 
@@ -75,13 +75,13 @@ def test_round_trip_through_the_auto_class(name, tmp_path, caplog, recwarn):
     spec = BLOCK_SPECS[family_of(name)]
     assert config["architectures"] == [f"OTO{name}"]
     assert config["per_layer_config"] == {
-        str(layer): modeling.block_fields(spec, config, heads, neurons) for layer, (heads, neurons) in enumerate(KEPT)
+        str(layer): surgery.block_fields(spec, config, heads, neurons) for layer, (heads, neurons) in enumerate(KEPT)
     }
     assert [config[name] for name in (spec.key_heads_field or spec.heads_field, spec.width_field)] == [4, 24]
     assert config["head_dim"] == 8
-    assert config["auto_map"]["AutoModel"] == f"modeling.OTO{MODELS[family_of(name)][0]}"
-    for source in ("modeling.py", "architectures.py"):
-        assert (tmp_path / source).read_bytes() == Path(modeling.__file__).with_name(source).read_bytes()
+    assert config["auto_map"]["AutoModel"] == f"modeling_oto.OTO{MODELS[family_of(name)][0]}"
+    for source in ("modeling_oto.py", "configuration_oto.py"):
+        assert (tmp_path / source).read_bytes() == Path(modeling_oto.__file__).with_name(source).read_bytes()
     # No weights but those that are left: what was cut to nothing has a bias only.
     keys = loaded.state_dict()
     assert {tuple(tensor.shape) for tensor in load_file(tmp_path / "model.safetensors").values()} <= {
@@ -297,15 +297,15 @@ def test_a_config_that_is_none_is_refused(change, message, tmp_path):
 
 
 def test_the_valid_config_is_accepted_and_then_watched():
-    config = modeling.OTOBertConfig(**VALID)
-    assert counts(modeling.OTOBertModel(config)) == [(4, 24), (0, 3)]
+    config = modeling_oto.OTOBertConfig(**VALID)
+    assert counts(modeling_oto.OTOBertModel(config)) == [(4, 24), (0, 3)]
     with pytest.raises(ValueError, match="from 0 to the dense 4, got 9"):
         config.per_layer_config = with_layer(num_attention_heads=9)["per_layer_config"]
     config.head_dim = 16
     with pytest.raises(ValueError, match="got 16 \\* 4 and 32"):
-        modeling.OTOBertModel(config)
+        modeling_oto.OTOBertModel(config)
     with pytest.raises(ValueError, match="must give the heads and neurons left.* use the family's own class"):
-        modeling.OTOBertModel(modeling.OTOBertConfig())
+        modeling_oto.OTOBertModel(modeling_oto.OTOBertConfig())
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
@@ -344,7 +344,7 @@ def test_only_the_head_may_be_of_another_size(tmp_path):
 def test_a_dense_checkpoint_is_not_a_pruned_one(tmp_path):
     tiny_model("BertModel").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="use the family's own class"):
-        modeling.OTOBertModel.from_pretrained(tmp_path)
+        modeling_oto.OTOBertModel.from_pretrained(tmp_path)
 
 
 # Runs where hf_oto cannot be imported: loads every checkpoint of a folder in every way and saves it again.
@@ -392,7 +392,7 @@ for folder in sorted(root.glob("*/*")):
     model.save_pretrained(again)
     saved = json.loads((again / "config.json").read_text())
     assert saved["auto_map"] == json.loads((folder / "config.json").read_text())["auto_map"]
-    for source in ("modeling.py", "architectures.py"):
+    for source in ("modeling_oto.py", "configuration_oto.py"):
         assert (again / source).read_bytes() == (folder / source).read_bytes()
     check(auto.from_pretrained(again, trust_remote_code=True, device_map="cpu"))
     model = auto.from_pretrained(again, trust_remote_code=True, dtype=torch.bfloat16)

@@ -23,9 +23,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_oto.hspg.budget import group_cost
-from hf_oto.models.architectures import BLOCK_SPECS, REFUSED, dense_model_type, has_bias
-from hf_oto.models.groups import partition, zero_groups
-from hf_oto.models.modeling import FAMILIES
+from hf_oto.models.configuration_oto import BLOCK_SPECS, FAMILIES, dense_model_type, has_bias
+from hf_oto.models.groups import REFUSED, partition, zero_groups
 from hf_oto.models.surgery import compress
 
 

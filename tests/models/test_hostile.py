@@ -127,7 +127,7 @@ def test_what_is_written_is_safetensors_and_json(checkpoints, tmp_path):
     OTOConfig().save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         *("model.safetensors", "config.json", "oto_config.json"),
-        *("modeling.py", "architectures.py"),  # the code that loads it
+        *("modeling_oto.py", "configuration_oto.py"),  # the code that loads it
     }
     for path in tmp_path.glob("*.json"):
         json.loads(path.read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ from families import (
 from torch import nn
 
 from hf_oto.hspg.budget import group_cost
-from hf_oto.models import modeling, surgery
+from hf_oto.models import modeling_oto, surgery
 from hf_oto.models.groups import partition
 from hf_oto.models.surgery import compress, pruned_config
 
@@ -49,7 +49,7 @@ def test_cut_model_computes_what_the_zeroed_one_does(name, attention):
 
     cut = compress(model)
     assert largest_difference(outputs(cut), zeroed) <= TOLERANCE
-    assert type(cut) is getattr(modeling, f"OTO{name}")
+    assert type(cut) is getattr(modeling_oto, f"OTO{name}")
     assert cut.config._attn_implementation == attention
     assert counts(cut) == kept
     groups = partition(model)

@@ -9,7 +9,7 @@ import transformers
 from families import ALL, EVERY, ONE_EACH, batch, family_of, group_sizes, tiny_model, zero_uneven
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_oto.models.architectures import BLOCK_SPECS
+from hf_oto.models.configuration_oto import BLOCK_SPECS
 from hf_oto.models.groups import partition, zero_groups
 from hf_oto.models.surgery import compress
 from hf_oto.report.card import leaderboard_results

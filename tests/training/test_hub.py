@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load, load_file
 
 CLIENT = Path(hub_client.__file__).resolve()
-CODE = {"modeling.py", "architectures.py"}
+CODE = {"modeling_oto.py", "configuration_oto.py"}
 
 
 def client(hub, home, *arguments, token=None, check=True):

@@ -28,7 +28,7 @@ from run_squad import load_model
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_oto import HSPG, OTOConfig, compress, partition
-from hf_oto.models.architectures import BLOCK_SPECS
+from hf_oto.models.configuration_oto import BLOCK_SPECS
 
 OUTPUT_DIR = Path(__file__).resolve().parents[3] / "build" / "frontier"
 RUNS = "runs.jsonl"
