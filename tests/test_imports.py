@@ -13,7 +13,10 @@ PACKAGE = ROOT / "hf_oto"
 WINGS = {"": 0, "cli": 1, "training": 2, "deploy": 2, "report": 3, "hspg": 4, "models": 5, "config": 6}
 ROOMS = {
     "cli": ["app", "inspect", "compress", "bench", "latency", "export", "answer", "loading", "printing"],
-    "training": ["trainer", "refusals", "distillation"],
+    "training": [
+        *("trainer", "attaching", "checkpoints", "hub", "saving", "showing", "pruned_part", "refusals"),
+        "distillation",
+    ],
     "deploy": [
         *("benchmark", "latency_tables", "squad_scoring", "answering", "onnx_folder", "onnx_export"),
         *("pooling", "model_files", "threads"),

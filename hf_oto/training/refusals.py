@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any, cast
 
 from accelerate.utils import DistributedType
-from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel, TrainingArguments
-from transformers.utils import CONFIG_NAME
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..config import OTOConfig
 from ..hspg import budget
 from ..hspg.parts import check_sharding
 from ..models.groups import partition
 from ..models.sharding import is_sharded
-from ..models.surgery import block_counts, check_compressible
+from ..models.surgery import check_compressible
 
 # These step during backward, or keep weights or states that are no longer laid out as the model's weights.
 _REFUSED_OPTIMIZERS = ("lomo", "layerwise", "galore", "apollo", "schedule_free", "torch_4bit", "torch_8bit")
@@ -102,32 +99,6 @@ def check_model(model: nn.Module, config: OTOConfig) -> None:
             f"leave their kind out of `structures`."
         )
     check_sharding({name: parameters[name] for name in owned})
-
-
-def group_counts(model: nn.Module) -> list[tuple[int, int]]:
-    """Heads and neurons of every block of a model."""
-    groups = partition(model)
-    return list(zip(groups.counts("heads"), groups.counts("neurons"), strict=True))
-
-
-def saved_counts(checkpoint: str) -> list[tuple[int, int]] | None:
-    """Heads and neurons of every block of a saved model, `None` where there is no config."""
-    if not (Path(checkpoint) / CONFIG_NAME).is_file():
-        return None
-    return block_counts(AutoConfig.from_pretrained(checkpoint))
-
-
-def check_shapes(checkpoint: str, model: nn.Module) -> None:
-    """Refuse weights of other shapes, of which some would have been loaded before torch finds out."""
-    mine = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    for path in Path(checkpoint).glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (it is no dict)
-                if (saved := file.get_slice(name).get_shape()) != mine.get(name, saved):
-                    raise ValueError(
-                        f"{checkpoint} is of another model: {name!r} has shape {saved} there and {mine[name]} in "
-                        f"`model`. Resume with the model that the run began with."
-                    )
 
 
 def check_writable(folder: str) -> None:

@@ -5,62 +5,34 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from huggingface_hub import ModelCard, upload_folder
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import AutoConfig, PreTrainedModel, Trainer, TrainingArguments, get_wsd_schedule
-from transformers.integrations import TensorBoardCallback
-from transformers.modelcard import TASK_MAPPING
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    HubStrategy,
-    SaveStrategy,
-    SchedulerType,
-    sort_checkpoints,
-)
-from transformers.utils import PushInProgress, logging
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils import logging
 
 from ..config import OTOConfig
 from ..hspg.optimizer import HSPG
-from ..hspg.schedule import Schedule
-from ..models.folders import UNFINISHED, folder_beside
 from ..models.groups import partition
 from ..models.modes import dropping_modules
 from ..models.saved_names import own_names
 from ..models.sharding import is_sharded
-from ..models.surgery import auto_class_of, compress, gather, shrink
-from ..report.card import card_section, figures, leaderboard_results, save_figures
-from ..report.summary import summarize
+from ..models.surgery import block_counts, compress, gather, shrink
+from ..report.card import save_figures
+from . import checkpoints, showing
+from .attaching import decay_in_recovery, hspg_in, wrapped
 from .distillation import Distiller, load_teacher, share_of_step, sums_items, teacher_columns
-from .refusals import (
-    NO_DEEPSPEED,
-    check_model,
-    check_optimizer,
-    check_parallelism,
-    check_shapes,
-    check_writable,
-    group_counts,
-    saved_counts,
-)
+from .hub import start_push
+from .pruned_part import find_part, path_of, put_part, save_beside, saved_config
+from .refusals import NO_DEEPSPEED, check_model, check_optimizer, check_parallelism, check_writable
+from .saving import explaining, replacing
 
 logger = logging.get_logger(__name__)
-
-# Where a checkpoint is written; a push leaves out what begins with an underscore.
-_UNFINISHED = "_unfinished"
-_WEIGHTS = "*model*.safetensors*"  # whole, in shards, and the shards' index
-# What `output_dir` holds beside the model: upstream leaves the same out of its pushes.
-_NOT_THE_MODEL = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", f".*{UNFINISHED}*")
-
-# Where FSDP2 keeps the optimizer's state in a checkpoint, in place of `OPTIMIZER_NAME`: full, or sharded.
-_SHARDED_OPTIMIZER_NAMES = ("optimizer.bin", "optimizer_0")
 
 
 class OTOTrainer(Trainer):
@@ -117,21 +89,49 @@ class OTOTrainer(Trainer):
             raise TypeError(f"`oto_config` must be an OTOConfig, got {type(oto_config).__name__}.")
         # Before Trainer makes `output_dir`.
         if model is not None:
-            check_model(model, self.oto_config)
+            check_model(self.pruned_part(model), self.oto_config)
             teacher = self._load_teacher(teacher, model)
         check_optimizer(args)
         check_parallelism(model, args)
-        self._total_steps: int | None = None
-        self._saving_checkpoint = False
         self._accumulating = False
-        self._waiting_checkpoint: str | None = None
+        self._shrunk_checkpoint: str | None = None  # to resume from, when the optimizer can follow
         self._newest_checkpoint: int | None = None  # the step of the one that this run wrote last
+        self._checkpoints_folder: str | None = None  # while one is written
         super().__init__(model, args, *others, **kwargs)
         self._check_supported()
         loaded = self._load_teacher(teacher, self.model)
         self.teacher = None if loaded is None else cast(nn.Module, loaded).to(self.args.device).eval()
         self._teacher_asked = False
         self._for_teacher: dict[str, Any] = {}  # what it alone reads of the batch
+
+    # What is pruned.
+
+    def pruned_part(self, model: nn.Module) -> PreTrainedModel:
+        """
+        The part of a model that has the groups: the model itself, or the one Transformers model inside it. Override it
+        to choose another; all that concerns pruning, and nothing else, asks it.
+
+        Args:
+            model (`nn.Module`): What is trained, not wrapped.
+        """
+        return find_part(model)
+
+    def put_back(self, model: nn.Module, part: PreTrainedModel) -> nn.Module:
+        """
+        A model with another pruned part in place of its own: `part` itself where that is all there is, otherwise
+        `model`, changed in place. It is asked for a save, to put the small part in, and then the large one again.
+
+        Args:
+            model (`nn.Module`): What is trained, not wrapped.
+            part ([`PreTrainedModel`]): What takes the place of [`~OTOTrainer.pruned_part`].
+        """
+        return put_part(model, self.pruned_part(model), part)
+
+    def _whole_model(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _part(self) -> PreTrainedModel:
+        return self.pruned_part(self._whole_model())
 
     # Before the first step.
 
@@ -153,68 +153,41 @@ class OTOTrainer(Trainer):
     def _output_dir(self) -> str:
         return cast(str, self.args.output_dir)
 
-    def _plain_model(self) -> PreTrainedModel:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
-    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> tuple[Any, ...]:
-        values = super().set_initial_training_values(args, dataloader)
-        self._total_steps = values[-1]
-        return values
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        # Here is the optimizer, whoever made it and however, and nothing is wrapped or sharded yet.
+        if training and self.optimizer is not None:
+            self._attach(self.optimizer, self.state.max_steps)
+        return super()._wrap_model(model, training, dataloader)
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
-        self._total_steps = num_training_steps
         super().create_optimizer_and_scheduler(num_training_steps)
+        self._attach(cast(Optimizer, self.optimizer), num_training_steps)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        optimizer = super().create_optimizer(*([] if model is None else [model]))
-        if _hspg_in(optimizer) is None:
-            self._wrap_optimizer(optimizer)
-        self._load_waiting_checkpoint()
-        return cast(Optimizer, self.optimizer)
+    def _attach(self, optimizer: Optimizer, total_steps: int) -> None:
+        """Let HSPG prune what an optimizer trains. In a run that had been shrunk the model becomes as small again."""
+        part = self._part()
+        if self.hspg is None:
+            check_model(part, self.oto_config)
+            self.optimizer = wrapped(optimizer, self._whole_model(), part, self.oto_config, total_steps)
+            if self.oto_config.shrink_during_training and (reason := self._unshrinkable):
+                logger.warning(f"The model is trained in full size, `shrink_during_training` does nothing: {reason}.")
+        checkpoint, self._shrunk_checkpoint = self._shrunk_checkpoint, None
+        if checkpoint is not None:
+            shrink(part, cast(HSPG, self.hspg), like=self._saved_config(checkpoint))
+            self._load_weights(checkpoint, None)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
-        given = cast(dict[str, Any], self.args.lr_scheduler_kwargs or {})
-        wanted = self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and "num_decay_steps" not in given
-        if not wanted or self.lr_scheduler is not None or self.oto_config.target_sparsity is None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        warmup = self.args.get_warmup_steps(num_training_steps)
-        pruned = Schedule.from_config(self.oto_config, num_training_steps).boundaries[-1]
-        if warmup > pruned:
-            raise ValueError(
-                f"`warmup_steps` must end before the target is reached for `lr_scheduler_type`='warmup_stable_decay', "
-                f"got {warmup} and {pruned} of {num_training_steps} steps. Give `lr_scheduler_kwargs` its own "
-                f"`num_decay_steps`, or shorten it."
-            )
-        self.lr_scheduler = get_wsd_schedule(
-            cast(Optimizer, optimizer or self.optimizer),
-            num_warmup_steps=warmup,
-            num_decay_steps=num_training_steps - pruned,
-            num_training_steps=num_training_steps,
-            **{"decay_type": "linear", **given},
-        )
-        self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-    def _wrap_optimizer(self, optimizer: Optimizer) -> None:
-        if self._total_steps is None:
-            raise ValueError(
-                "OTOTrainer needs the number of training steps to make its optimizer: call `train`, or "
-                "`create_optimizer_and_scheduler(num_training_steps)`."
-            )
-        plain = self._plain_model()
-        check_model(plain, self.oto_config)
-        names = {parameter: name for name, parameter in plain.named_parameters()}
-        for group in optimizer.param_groups:
-            group["param_names"] = [names[parameter] for parameter in group["params"]]
-        self.optimizer = HSPG(optimizer, partition(plain), self.oto_config, self._total_steps)
-        if self.oto_config.shrink_during_training and (reason := self._unshrinkable):
-            logger.warning(f"The model is trained in full size, `shrink_during_training` does nothing: {reason}.")
+        if self.lr_scheduler is None:
+            made = cast(Optimizer, optimizer or self.optimizer)
+            self.lr_scheduler = decay_in_recovery(self.args, self.oto_config, made, num_training_steps)
+            self._created_lr_scheduler = self.lr_scheduler is not None
+        return super().create_scheduler(num_training_steps, optimizer)
 
     @property
     def _unshrinkable(self) -> str | None:
         if self.oto_config.target_sparsity is None:
             return "`target_sparsity`=None has no pruning periods"
-        if self.is_fsdp_enabled or is_sharded(self._plain_model()):
+        if self.is_fsdp_enabled or is_sharded(self._part()):
             return "its parameters are sharded"
         if self.args.world_size > 1:
             return "DistributedDataParallel goes by the weights that it was given"
@@ -223,7 +196,7 @@ class OTOTrainer(Trainer):
     @property
     def hspg(self) -> HSPG | None:
         """The optimizer that prunes, without accelerate's wrapper. `None` before training."""
-        return _hspg_in(self.optimizer)
+        return hspg_in(self.optimizer)
 
     # Training.
 
@@ -240,7 +213,7 @@ class OTOTrainer(Trainer):
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         self._teacher_asked = True
-        student, weight = self._plain_model(), self.oto_config.distillation_weight
+        student, weight = self._part(), self.oto_config.distillation_weight
         # Many heads give their micro-step's mean, whatever they are told of the step's items: told of theirs, all do.
         shifted = getattr(self, "_loss_shifts_labels", False)
         share, num_items_in_batch = share_of_step(inputs, num_items_in_batch, shifted=shifted)
@@ -269,13 +242,13 @@ class OTOTrainer(Trainer):
         super()._set_signature_columns_if_needed()
         if missing and self._distiller is not None:
             columns: Any = self._signature_columns
-            columns.extend(teacher_columns(self._distiller.teacher, self._plain_model()))
+            columns.extend(teacher_columns(self._distiller.teacher, self._part()))
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """As in [`Trainer`], without what only the teacher reads: that is laid aside for it."""
         prepared = super()._prepare_inputs(inputs)
         if self._distiller is not None and isinstance(prepared, Mapping):
-            columns = teacher_columns(self._distiller.teacher, self._plain_model())
+            columns = teacher_columns(self._distiller.teacher, self._part())
             self._for_teacher = {name: prepared[name] for name in columns if name in prepared}
             if self._for_teacher:
                 return {name: value for name, value in prepared.items() if name not in self._for_teacher}
@@ -283,8 +256,10 @@ class OTOTrainer(Trainer):
 
     def compute_loss_context_manager(self) -> Any:
         # Trainer has just set the model to training mode. The backward pass may go through the blocks once more.
-        if self._plain_model().training and self._drops_nothing:
-            for module in dropping_modules(self._plain_model()):
+        whole = self._whole_model()
+        if whole.training and self._drops_nothing:
+            around = [module for module in whole.modules() if isinstance(module, nn.Dropout)]
+            for module in (*dropping_modules(self._part()), *around):
                 module.eval()
         return super().compute_loss_context_manager()
 
@@ -323,7 +298,7 @@ class OTOTrainer(Trainer):
         # After a step, and before anything is saved: what is saved at the target is then all of one size.
         hspg = self.hspg if self.oto_config.shrink_during_training else None
         if hspg is not None and hspg.shrink_due and self._unshrinkable is None:
-            shrink(self._plain_model(), hspg)
+            shrink(self._part(), hspg)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -333,24 +308,12 @@ class OTOTrainer(Trainer):
         super().log(logs, start_time)
         stages = [entry["stage"] for entry in self.state.log_history if "stage" in entry][-2:]
         if "train_runtime" in logs or ("stage" in logs and len(set(stages)) == 2):  # the end, or a new stage
-            self._add_to_tensorboard()
+            callbacks = self.callback_handler.callbacks
+            showing.add_to_tensorboard(callbacks, self._pictures, self.state.global_step)
 
-    def _add_to_tensorboard(self) -> None:
-        """Put the pictures beside the numbers, where TensorBoard is among `report_to`."""
-        for callback in self.callback_handler.callbacks:
-            writer: Any = callback.tb_writer if isinstance(callback, TensorBoardCallback) else None
-            if writer is not None:
-                for name, figure in self._figures().items():
-                    writer.add_figure(name, figure, self.state.global_step)
-
-    def _figures(self, small: PreTrainedModel | None = None) -> dict[str, Any]:
-        """The pictures; none of a sharded model, unless it is gathered and cut already."""
-        model = small or self._plain_model()  # which knows better which heads are kept, if it is whole
-        if is_sharded(model):
-            return {}
-        config = self.oto_config
-        summary = summarize(model, sequence_length=config.macs_sequence_length, latency_table=config.latency_table)
-        return figures(summary, self.state.log_history)
+    def _pictures(self, small: PreTrainedModel | None = None) -> dict[str, Any]:
+        # The large one knows better which heads are kept, if it is whole.
+        return showing.pictures(small or self._part(), self.oto_config, self.state.log_history)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         at_target = self.hspg is None or self.hspg.target_reached or self.oto_config.target_sparsity is None
@@ -364,7 +327,7 @@ class OTOTrainer(Trainer):
         saves = self.args.save_strategy != SaveStrategy.NO
         if saves and self.args.should_save and os.path.isdir(self._output_dir):
             check_writable(self._output_dir)
-            shutil.rmtree(Path(self._output_dir, _UNFINISHED), ignore_errors=True)  # of a run that was killed
+            checkpoints.clear(Path(self._output_dir))
         self._accumulating = False  # an earlier call may have broken off between two micro-steps
         self._newest_checkpoint = None
         output = super().train(*args, **kwargs)
@@ -373,7 +336,7 @@ class OTOTrainer(Trainer):
         if self._target_ahead:
             self._keep_for_later()
         elif saves:
-            self.save_model(_internal_call=True)
+            self._save_small(self._output_dir)
         return output
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -397,7 +360,7 @@ class OTOTrainer(Trainer):
             if self._newest_checkpoint != self.state.global_step:
                 self._save_checkpoint(cast(nn.Module, self.model), trial=None)
             kept = (
-                f"The run is kept in {Path(self._output_dir, f'{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}')}, "
+                f"The run is kept in {Path(self._output_dir, checkpoints.name_of(self.state.global_step))}, "
                 f"from where `train(resume_from_checkpoint=True)` goes on"
             )
         logger.warning(
@@ -409,24 +372,34 @@ class OTOTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights now, or, if they are of a model that had been shrunk, when the optimizer can follow."""
-        counts = saved_counts(resume_from_checkpoint)
-        if counts is None or counts == group_counts(self._plain_model()):
-            check_shapes(resume_from_checkpoint, self._plain_model())
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        part, saved = self._part(), self._saved_config(resume_from_checkpoint)
+        groups = partition(part)
+        counts = list(zip(groups.counts("heads"), groups.counts("neurons"), strict=True))
+        if saved is None or block_counts(saved) == counts:
+            checkpoints.check_shapes(resume_from_checkpoint, self._whole_model(), part)
+            self._load_weights(resume_from_checkpoint, model)
         elif not self.oto_config.shrink_during_training:
             raise ValueError(
-                f"{resume_from_checkpoint} has {counts} (heads, neurons) in its blocks, `model` "
-                f"{group_counts(self._plain_model())}. Resume with the model that the run began with, and with "
-                f"`shrink_during_training=True` if it had that."
+                f"{resume_from_checkpoint} has {block_counts(saved)} (heads, neurons) in its blocks, `model` "
+                f"{counts}. Resume with the model that the run began with, and with `shrink_during_training=True` if "
+                f"it had that."
             )
         else:
-            self._waiting_checkpoint = resume_from_checkpoint
+            self._shrunk_checkpoint = resume_from_checkpoint
 
-    def _load_waiting_checkpoint(self) -> None:
-        checkpoint, self._waiting_checkpoint = self._waiting_checkpoint, None
-        if checkpoint is not None and self.hspg is not None:
-            shrink(self._plain_model(), self.hspg, like=AutoConfig.from_pretrained(checkpoint))
-            super()._load_from_checkpoint(checkpoint)
+    def _load_weights(self, checkpoint: str, model: nn.Module | None) -> None:
+        # Not every Trainer takes `model`, and upstream gives one under FSDP alone.
+        super()._load_from_checkpoint(checkpoint, *([] if model is None else [model]))
+
+    def _saved_config(self, checkpoint: str) -> Any:
+        part = self._part()
+        return saved_config(checkpoint, partition(part).model_type, path_of(self._whole_model(), part))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+            checkpoints.check_complete(checkpoint, None if plugin is None else str(plugin.state_dict_type))
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     # Saving.
 
@@ -443,75 +416,41 @@ class OTOTrainer(Trainer):
                 f"The target is not reached at step {self.hspg.steps_done} (stage {self.hspg.stage!r}): the model is "
                 f"larger than `target_sparsity`={self.oto_config.target_sparsity} asks for."
             )
-        model: PreTrainedModel | None = self._plain_model()
-        if is_sharded(self._plain_model()):
-            model = gather(self._plain_model())
+        part = self._part()
+        model = gather(part) if is_sharded(part) else part
         if model is None:
             return None
         return compress(model, show_progress=not self.args.disable_tqdm and self.is_world_process_zero())
 
     def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, _UNFINISHED) if self._saving_checkpoint else folder
+        return self._checkpoints_folder or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside its place, where it appears when all ranks have written all of it."""
-        run, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        made = run / _UNFINISHED / name
-        if self.args.should_save:
-            shutil.rmtree(made.parent, ignore_errors=True)  # of a run that was killed
-        self.accelerator.wait_for_everyone()
-        self._saving_checkpoint = True
-        try:
-            with _writing(run / name):
+        run, name = Path(self._get_output_dir(trial)), checkpoints.name_of(self.state.global_step)
+        writes, wait = self.args.should_save, self.accelerator.wait_for_everyone
+        with checkpoints.appearing(run / name, writes=writes, wait=wait) as folder:
+            self._checkpoints_folder = str(folder)
+            try:
                 super()._save_checkpoint(model, trial)
-                best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-                if best == name or (run / best).is_dir():
-                    self.state.best_model_checkpoint = str(run / best)
-                if self.args.should_save:
-                    self.state.save_to_json(str(made / TRAINER_STATE_NAME))  # with the best one's place
-            self.accelerator.wait_for_everyone()
-        except BaseException:
-            shutil.rmtree(made.parent, ignore_errors=True)
-            raise
-        finally:
-            self._saving_checkpoint = False
-        if self.args.should_save:
-            if (run / name).exists():
-                (run / name).rename(made.with_name("replaced"))
-            made.rename(run / name)
-            for path in self._superfluous(run):
-                path.rename(made.with_name(path.name))  # gone at once: one that is half removed must not be read
-            shutil.rmtree(made.parent)
+            finally:
+                self._checkpoints_folder = None
+            best = checkpoints.name_of(self.state.best_global_step)
+            if best == name or (run / best).is_dir():
+                self.state.best_model_checkpoint = str(run / best)
+            if writes:
+                self.state.save_to_json(str(folder / name / TRAINER_STATE_NAME))  # with the best one's place
+        if writes:
+            checkpoints.remove_superfluous(run, self.args.save_total_limit, self.state.best_model_checkpoint)
         self._newest_checkpoint = self.state.global_step
-        self.accelerator.wait_for_everyone()
+        wait()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run / name))
-
-    def _superfluous(self, run: Path) -> list[Path]:
-        """Checkpoints beyond `save_total_limit`. The newest and the best one are never."""
-        limit, best = self.args.save_total_limit or 0, self.state.best_model_checkpoint
-        found = [Path(path) for path in sort_checkpoints(str(run), use_mtime=True, best_model_checkpoint=best)]
-        protected = {found[-1], found[-1] if best is None else Path(best)}
-        return found[: -max(limit, len(protected))] if limit > 0 else []
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        optimizer = OPTIMIZER_NAME
-        if checkpoint is not None and self.is_fsdp_enabled:
-            full = "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
-            optimizer = _SHARDED_OPTIMIZER_NAMES[0 if full else 1]
-        needed = (optimizer, SCHEDULER_NAME, TRAINER_STATE_NAME)
-        if checkpoint is not None and (lost := [name for name in needed if not Path(checkpoint, name).exists()]):
-            raise ValueError(
-                f"{checkpoint} lacks {', '.join(lost)}: the groups that are zero and the step would be forgotten. "
-                f"Resume from a complete checkpoint, or start a new run from its weights."
-            )
-        super()._load_optimizer_and_scheduler(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
         Save the small model, so that `from_pretrained` loads it, with pictures of it and of the run if there is
-        matplotlib. A training checkpoint is saved full-size.
+        matplotlib. A model around it is saved as Trainer saves it, with the small part in it, and the part beside it
+        in a folder of its own. A training checkpoint is saved full-size.
 
         The folder gets all of its files or none. What else is in it stays.
 
@@ -519,58 +458,63 @@ class OTOTrainer(Trainer):
             `ValueError`: The cut model does not compute what the one in training computes, or the folder holds a
                 checkpoint to resume from, whose weights would be lost.
         """
-        if self._saving_checkpoint:
-            super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None:  # upstream names the folder for a checkpoint alone
+            self._save_full(output_dir)
             return
-        writes, small = self.args.should_save, None
-        if is_sharded(self._plain_model()):  # all ranks gather it, before the one that writes may fail
-            small = self.compressed_model()
-            writes = small is not None
-        if writes:
-            self._finish_current_push()  # which may still read the files that are about to change
-            with _replacing(Path(output_dir or self._output_dir)) as folder:
-                full, self.model = self.model, small or self.compressed_model()
-                try:
-                    with _writing(Path(output_dir or self._output_dir)):
-                        self._save(str(folder))
-                finally:
-                    self.model = full
-                save_figures(self._figures(small), folder)
+        self._save_small(output_dir or self._output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_full(self, folder: str) -> None:
+        """The model as it is in training, under its own names: Trainer resumes by `load_state_dict`."""
+        whole, part = self._whole_model(), self._part()
+        with own_names(whole), own_names(part):
+            super().save_model(folder, _internal_call=True)
+        if self.args.should_save and whole is not part:
+            save_beside(Path(folder), whole, part, weights=False)
+
+    def _save_small(self, folder: str) -> None:
+        writes, small = self.args.should_save, None
+        if is_sharded(self._part()):  # all ranks gather it, before the one that writes may fail
+            small = self.compressed_model()
+            writes = small is not None
+        if not writes:
+            return
+        self._finish_current_push()  # which may still read the files that are about to change
+        with replacing(Path(folder)) as unfinished:
+            small = small or cast(PreTrainedModel, self.compressed_model())
+            pictures = self._pictures(small if is_sharded(self._part()) else None)
+            full, whole, part = self.model, self._whole_model(), self._part()
+            self.model = cast(Any, self.put_back(whole, small))
+            try:
+                with explaining(Path(folder)):
+                    self._save(str(unfinished))
+                    save_beside(unfinished, cast(nn.Module, self.model), small, weights=True)
+            finally:
+                if whole is not part:
+                    self.put_back(whole, part)
+                self.model = full
+            save_figures(pictures, unfinished)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.oto_config.save_pretrained(output_dir or self._output_dir)
 
     # The Hub.
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push the small model of this step with its code, and the checkpoint where the strategy asks for it."""
-        if self._saving_checkpoint:  # and it has no place yet
+        if self._checkpoints_folder is not None:  # it has no place yet
             return
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if not (self.args.hub_always_push or self.push_in_progress is None or self.push_in_progress.is_done()):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.save_model(_internal_call=True)
-        step = f"step {self.state.global_step}"
-        jobs = [self._upload(self._output_dir, f"Training in progress, {step}", _NOT_THE_MODEL)]
-        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            last = self.args.hub_strategy == HubStrategy.CHECKPOINT
-            place = "last-checkpoint" if last else Path(checkpoint_folder).name
-            jobs.append(self._upload(checkpoint_folder, f"Checkpoint of {step}", path_in_repo=place))
-        pushes: Any = PushInProgress(cast(Any, jobs))
-        self.push_in_progress = pushes
-
-    def _upload(self, folder: str, message: str, ignored: Sequence[str] = (), path_in_repo: str | None = None) -> Any:
-        return upload_folder(
-            repo_id=cast(str, self.hub_model_id),
-            folder_path=folder,
-            path_in_repo=path_in_repo,
-            commit_message=message,
-            token=self.args.hub_token,
-            revision=self.args.hub_revision,
-            ignore_patterns=list(ignored),
-            run_as_future=True,
-        )
+        self._save_small(self._output_dir)
+        repo_id, step = cast(str, self.hub_model_id), self.state.global_step
+        self.push_in_progress = cast(Any, start_push(self.args, repo_id, step, checkpoint_folder))
 
     def create_model_card(self, *args: Any, dense_metrics: Mapping[str, float] | None = None, **kwargs: Any) -> None:
         """
@@ -583,96 +527,13 @@ class OTOTrainer(Trainer):
                 (`{"eval_f1": 88.5}`). [`~Trainer.push_to_hub`] passes it on.
         """
         super().create_model_card(*args, **kwargs)
-        if not self.is_world_process_zero():
-            return
-        path = Path(self._output_dir, "README.md")
-        config = self.oto_config
-        summary = summarize(
-            self._plain_model(), sequence_length=config.macs_sequence_length, latency_table=config.latency_table
-        )
-        pictures = self._figures()
-        save_figures(pictures, path.parent)
-        logged = [entry for entry in self.state.log_history if any(name.startswith("eval_") for name in entry)]
-        section = card_section(
-            summary,
-            repo_id=self.hub_model_id or self._output_dir,
-            auto_class=auto_class_of(self._plain_model()),
-            pictures=tuple(pictures),
-            scores=logged[-1] if logged else None,
-            dense_scores=dense_metrics,
-        )
-        card = ModelCard.load(path)
-        said = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
-        ids = card.data.datasets or []
-        names = said.get("dataset") or ids
-        card.data.model_name = card.data.model_name or path.parent.name
-        card.data.eval_results = leaderboard_results(
-            logged[-1] if logged else {},
-            tasks=_listed(said.get("tasks")) or self._hub_tasks(),
-            datasets=dict(zip(ids, _listed(names), strict=False)),
-        )
-        draft, heading, rest = card.text.partition("## Model description")
-        card.text = draft + section + heading + rest
-        card.data.tags = sorted({*(card.data.tags or []), "hf-oto", "pruned"})
-        card.save(path)
-
-    def _hub_tasks(self) -> list[str]:
-        """What the Hub calls the model's task."""
-        name = type(self._plain_model()).__name__
-        known = cast(dict[str, dict[str, str]], TASK_MAPPING)
-        return [task for task, classes in known.items() if name in classes.values()]
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # Trainer resumes by `load_state_dict`.
-        with own_names(self._plain_model()) if self._saving_checkpoint else nullcontext():
-            super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            self.oto_config.save_pretrained(output_dir or self._output_dir)
-
-
-def _listed(names: str | Sequence[str] | None) -> list[str]:
-    return [names] if isinstance(names, str) else list(names or [])
-
-
-def _hspg_in(optimizer: Any) -> HSPG | None:
-    while optimizer is not None and not isinstance(optimizer, HSPG):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
-
-
-@contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    """Say what could not be written: torch and safetensors name an internal file of theirs, or none."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(target.parent if target.parent.exists() else os.curdir).free
-        raise OSError(
-            f"{target} could not be written: {error}. The disk has {free / 2**20:.1f} MiB left. What was saved before "
-            f"is as it was. Make room if that is little, and go on from the last checkpoint."
-        ) from error
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """
-    A folder to write into, whose files move into `target` when all is written; on an error nothing changes.
-    """
-    of_checkpoints = (OPTIMIZER_NAME, SCHEDULER_NAME, *_SHARDED_OPTIMIZER_NAMES)
-    if found := [name for name in of_checkpoints if (target / name).exists()]:
-        raise ValueError(
-            f"{target} holds a checkpoint to resume from ({', '.join(found)}), whose weights would be lost. Save the "
-            f"small model elsewhere."
-        )
-    # Within a folder that is there: it may be the root of its disk.
-    with folder_beside(target / "model" if target.is_dir() else target) as folder:
-        yield folder
-        if not target.exists():
-            folder.rename(target)
-            return
-        # Old weights go first and the new ones come last, their index behind them: at no moment does it load as
-        # something that is neither model.
-        for path in target.glob(_WEIGHTS):
-            path.unlink()
-        for path in sorted(folder.iterdir(), key=lambda path: (path.match(_WEIGHTS), path.suffix == ".json")):
-            path.replace(target / path.name)
+        if self.is_world_process_zero():
+            showing.complete_card(
+                Path(self._output_dir, "README.md"),
+                self._part(),
+                self.oto_config,
+                self.state.log_history,
+                repo_id=self.hub_model_id or self._output_dir,
+                said=inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments,
+                dense_scores=dense_metrics,
+            )

@@ -42,7 +42,7 @@ class Mortal(OTOTrainer):
 
     def _save(self, *args, **kwargs):
         super()._save(*args, **kwargs)
-        self.die(CHECKPOINT if self._saving_checkpoint else MODEL)
+        self.die(CHECKPOINT if Path(args[0]).name.startswith("checkpoint-") else MODEL)
 
 
 class Note(TrainerCallback):

@@ -100,7 +100,7 @@ def make(folder, model=None, data=QUESTIONS, kind=OTOTrainer, config=CONFIG, cal
 
 def check(trainer, watch, folder, skipped=0, auto=AutoModelForQuestionAnswering):
     """The target is met, and the saved model computes what the trained one does."""
-    optimizer, trained = trainer.hspg, trainer._plain_model()
+    optimizer, trained = trainer.hspg, trainer._part()
     assert watch.seen and optimizer.target_reached and optimizer.steps_done == STEPS - skipped
     parameters = dict(trained.named_parameters())
     zero = sum(int(zero_groups(array, parameters).sum()) for array in partition(trained).arrays)

@@ -537,11 +537,6 @@ def test_optimizers_that_step_elsewhere_are_refused_by_name(optim, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_optimizer_needs_the_number_of_steps(tmp_path):
-    with pytest.raises(ValueError, match="OTOTrainer needs the number of training steps"):
-        make(tmp_path).create_optimizer()
-
-
 def test_a_loss_that_is_no_number_stops_and_leaves_the_checkpoints(tmp_path):
     class Breaking(OTOTrainer):
         def compute_loss(self, *args, **kwargs):

@@ -1,0 +1,101 @@
+"""Checkpoints to resume from: written beside their place, and checked before anything of them is loaded."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+
+from .saving import SHARDED_OPTIMIZER_NAMES, explaining
+
+# Where a checkpoint is written; a push leaves out what begins with an underscore.
+UNFINISHED = "_unfinished"
+
+
+def name_of(step: int | None) -> str:
+    return f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def clear(run: Path) -> None:
+    """Remove what a run that was killed had begun to write."""
+    shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+
+
+@contextmanager
+def appearing(place: Path, *, writes: bool, wait: Callable[[], None]) -> Iterator[Path]:
+    """
+    A folder in which a checkpoint is to be made, under its name. It appears at `place` when all ranks have written all
+    of it; on an error nothing does, and what was there is as it was.
+
+    Args:
+        place (`Path`): Where the checkpoint is to be.
+        writes (`bool`): Whether this rank moves and removes folders.
+        wait (`Callable`): Returns when all ranks have called it.
+    """
+    folder = place.parent / UNFINISHED
+    if writes:
+        clear(place.parent)
+    wait()
+    try:
+        with explaining(place):
+            yield folder
+        wait()
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if writes:
+        if place.exists():
+            place.rename(folder / "replaced")
+        (folder / place.name).rename(place)
+
+
+def remove_superfluous(run: Path, limit: int | None, best: str | None) -> None:
+    """Remove checkpoints beyond `save_total_limit`; the newest and the best one never."""
+    found = [Path(path) for path in sort_checkpoints(str(run), use_mtime=True, best_model_checkpoint=best)]
+    protected = {found[-1], found[-1] if best is None else Path(best)}
+    for path in found[: -max(limit, len(protected))] if limit and limit > 0 else []:
+        path.rename(run / UNFINISHED / path.name)  # gone at once: one that is half removed must not be read
+    clear(run)
+
+
+def check_complete(checkpoint: str, fsdp_state: str | None) -> None:
+    """
+    Refuse a checkpoint that cannot be resumed from.
+
+    Args:
+        checkpoint (`str`): Its folder.
+        fsdp_state (`str`, *optional*): Under FSDP2, the type of its state dicts.
+    """
+    optimizer = OPTIMIZER_NAME
+    if fsdp_state is not None:
+        optimizer = SHARDED_OPTIMIZER_NAMES[0 if "FULL_STATE_DICT" in fsdp_state else 1]
+    needed = (optimizer, SCHEDULER_NAME, TRAINER_STATE_NAME)
+    if lost := [name for name in needed if not Path(checkpoint, name).exists()]:
+        raise ValueError(
+            f"{checkpoint} lacks {', '.join(lost)}: the groups that are zero and the step would be forgotten. "
+            f"Resume from a complete checkpoint, or start a new run from its weights."
+        )
+
+
+def check_shapes(checkpoint: str, model: nn.Module, part: PreTrainedModel) -> None:
+    """Refuse weights of other shapes, of which some would have been loaded before torch finds out."""
+    mine = {
+        name: list(tensor.shape)
+        for module in (part, model)  # a folder may hold the part under its own names
+        for name, tensor in module.state_dict().items()
+    }
+    for path in Path(checkpoint).glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                if (saved := file.get_slice(name).get_shape()) != mine.get(name, saved):
+                    raise ValueError(
+                        f"{checkpoint} is of another model: {name!r} has shape {saved} there and {mine[name]} in "
+                        f"`model`. Resume with the model that the run began with."
+                    )
