@@ -57,7 +57,8 @@ class Pooling:
             )
         settings = json.loads((folder / modules[1]["path"] / "config.json").read_text(encoding="utf-8"))
         modes = _modes(settings)
-        if unknown := [mode for mode in modes if mode not in _FLAGS] or not modes:
+        unknown = [mode for mode in modes if mode not in _FLAGS]
+        if unknown or not modes:
             raise ValueError(f"{folder} pools by {unknown or 'nothing'}; known are {', '.join(_FLAGS)}.")
         return cls(modes, "Normalize" in kinds)
 
