@@ -22,7 +22,13 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def feature_maker(
-    tokenizer: PreTrainedTokenizerBase, *, max_seq_length: int, doc_stride: int, pad: bool, labels: bool
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_seq_length: int,
+    doc_stride: int,
+    pad: bool,
+    labels: bool,
+    segments: bool = False,
 ) -> Callable[[dict[str, list[Any]], list[int]], dict[str, list[Any]]]:
     """
     Make the function for `datasets.map(..., batched=True, with_indices=True)`.
@@ -39,6 +45,7 @@ def feature_maker(
             For training: add `start_positions` and `end_positions`, those of the null token where the window does not
             hold the whole answer. Otherwise add what turns logits into text: `example`, the question's row;
             `null_position`; `token_start` and `token_end`, characters of the context, -1 outside of it.
+        segments (`bool`): Tell question and context apart (`token_type_ids`) even if the tokenizer's model does not.
     """
     # Tokens padded on the left would be shifted against their offsets once a batch is padded to its longest window.
     pad = pad or tokenizer.padding_side == "left"
@@ -54,6 +61,7 @@ def feature_maker(
             stride=doc_stride,
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
+            return_token_type_ids=segments or None,
             padding="max_length" if pad else False,
         )
         source_F = np.asarray(encoded.pop("overflow_to_sample_mapping"))

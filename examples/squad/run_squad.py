@@ -67,14 +67,17 @@ def load_examples(data: DataArguments, cache_dir: str | None, split: str, limit:
     return examples if limit is None else examples.select(range(min(limit, len(examples))))
 
 
-def make_features(examples: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataArguments, labels: bool) -> Dataset:
-    """The windows of all questions."""
+def make_features(
+    examples: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataArguments, *, labels: bool, segments: bool
+) -> Dataset:
+    """The windows of all questions; with segments for a teacher, which may read them where the model does not."""
     make = feature_maker(
         tokenizer,
         max_seq_length=data.max_seq_length,
         doc_stride=data.doc_stride,
         pad=data.pad_to_max_length,
         labels=labels,
+        segments=segments,
     )
     return examples.map(
         make,
@@ -186,7 +189,10 @@ def run(
         if wanted:
             with training.main_process_first(desc=f"reading the questions to {stage}"):
                 examples[stage] = load_examples(data, model_arguments.cache_dir, split, limit)
-                windows[stage] = make_features(examples[stage], tokenizer, data, labels=stage == "train")
+                taught = stage == "train" and compression.teacher_name_or_path is not None
+                windows[stage] = make_features(
+                    examples[stage], tokenizer, data, labels=stage == "train", segments=taught
+                )
             logger.info("%s: %d questions, %d windows", stage, len(examples[stage]), len(windows[stage]))
     if compression.compress and training.do_eval:
         examples["zeroed"] = examples["eval"]

@@ -1,5 +1,6 @@
 """`run_squad.py` from its command line to its files, with a tiny random BERT on a few made-up questions."""
 
+import functools
 import json
 import os
 import shutil
@@ -16,7 +17,14 @@ from qa_trainer import QuestionAnsweringTrainer
 from run_squad import METRIC, main
 from safetensors.torch import load_file
 from squad_data import make_questions, question, squad, wordpiece, write
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfig, BertForQuestionAnswering
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+    BertConfig,
+    BertForQuestionAnswering,
+    DistilBertConfig,
+    DistilBertForQuestionAnswering,
+)
 
 from hf_oto import summarize
 
@@ -207,6 +215,33 @@ def test_what_cannot_work_is_refused_before_anything_is_written(work, tmp_path, 
         with pytest.raises(ValueError, match=message):
             run(work, tmp_path / "out", "--do_train", "--max_steps", "20", *arguments, train="train")
     assert [path.name for path in tmp_path.iterdir()] == ["larger"]
+
+
+def test_a_teacher_that_tells_segments_apart_gets_them(work, tmp_path, monkeypatch):
+    """DistilBERT does not, nor does its tokenizer."""
+    torch.manual_seed(1)
+    tokenizer = wordpiece(model_input_names=["input_ids", "attention_mask"])
+    student = tmp_path / "student"
+    DistilBertForQuestionAnswering(
+        DistilBertConfig(vocab_size=180, max_position_embeddings=64, dim=32, n_layers=2, n_heads=4, hidden_dim=64)
+    ).save_pretrained(student)
+    tokenizer.save_pretrained(student)
+    seen, forward = [], BertForQuestionAnswering.forward
+
+    @functools.wraps(forward)
+    def noting(*args, **kwargs):
+        seen.append(kwargs)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(BertForQuestionAnswering, "forward", noting)
+    more = ("--compress", "--pruning_periods", "2", "--teacher_name_or_path", str(work / "model"), "--max_steps", "8")
+    run(work, tmp_path / "out", "--do_train", *more, train="train", model=student)
+    assert len(seen) == 8
+    for inputs in seen:
+        context = ((inputs["input_ids"] == tokenizer.sep_token_id).cumsum(-1) > 0).roll(1, -1)
+        context[:, 0] = False
+        assert torch.equal(inputs["token_type_ids"], (context & (inputs["attention_mask"] == 1)).long())
+        assert context.any()
 
 
 def test_a_run_is_refused_resumed_and_replaced(work, tmp_path):

@@ -2,7 +2,8 @@
 
 `ranks.py MODE FOLDER`, MODE one of `single`, `ddp`, `ddp4`, `fsdp`, `fsdp_blocks`: families in turn in a bare loop, on
 the same global batches, all of them in `ALL_FAMILIES`; `shrinking`: one family under DDP, with zero groups cut out on
-the way; or `trainer`: OTOTrainer under accelerate, with gradient accumulation and checkpoints.
+the way; `trainer`: OTOTrainer under accelerate, with gradient accumulation and checkpoints; or `taught`: a step of it
+with a teacher, on ranks that have unequal numbers of labels.
 """
 
 import sys
@@ -105,6 +106,46 @@ def run_trainer(folder: Path) -> None:
     torch.save(found, folder / f"trainer-{trainer.args.process_index}.pt")
 
 
+def taught_rows() -> list[dict]:
+    """Texts of one length of which more and more tokens have labels, in the order in which two ranks take turns."""
+    batch = training_batch(tiny_model("BertForMaskedLM"), size=16)
+    labels = batch["labels"].masked_fill(torch.arange(13) > torch.arange(16)[:, None] % 8 + 1, -100)
+    return [
+        {"input_ids": ids, "attention_mask": mask, "labels": label}
+        for ids, mask, label in zip(batch["input_ids"], batch["attention_mask"], labels, strict=True)
+    ]
+
+
+def run_taught(folder: Path) -> None:
+    for average in (True, False):
+        options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        trainer = OTOTrainer(
+            model=tiny_model("BertForMaskedLM", **options),
+            args=TrainingArguments(
+                str(folder / "run"),
+                max_steps=1,
+                per_device_train_batch_size=4,
+                gradient_accumulation_steps=2,
+                average_tokens_across_devices=average,
+                train_sampling_strategy="sequential",
+                optim="sgd",
+                learning_rate=1.0,
+                lr_scheduler_type="constant",
+                max_grad_norm=0.0,
+                save_strategy="no",
+                report_to=[],
+                use_cpu=True,
+                disable_tqdm=True,
+            ),
+            train_dataset=taught_rows(),
+            oto_config=OTOConfig(target_sparsity=0.0, pruning_periods=1, distillation_weight=0.5),
+            teacher=tiny_model("BertForMaskedLM", seed=5),
+        )
+        trainer.train()
+        weights = {key: value.detach().clone() for key, value in trainer.model.state_dict().items()}
+        torch.save(weights, folder / f"taught-{average}-{trainer.args.process_index}.pt")
+
+
 def plan(name: str) -> tuple[OTOConfig, int]:
     """The settings and the number of steps; a short run where the blocks are all that is new."""
     return (SHORT_CONFIG, STEPS // 2) if name in OTHERS else (CONFIG, STEPS)
@@ -126,8 +167,8 @@ def uneven(name: str) -> dict:
 
 def main(mode: str, folder: str) -> None:
     torch.set_num_threads(1)
-    if mode == "trainer":
-        run_trainer(Path(folder))
+    if mode in ("trainer", "taught"):
+        {"trainer": run_trainer, "taught": run_taught}[mode](Path(folder))
         return
     rank, world = 0, 1
     if mode != "single":

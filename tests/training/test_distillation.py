@@ -5,13 +5,21 @@ import dataclasses
 
 import pytest
 import torch
-from families import ONE_EACH, counts, question_batch, tiny_model
-from short_runs import CONFIG, DATA, arguments, make, same_weights
+import torch.nn.functional as F
+from families import ALL, ONE_EACH, batch, counts, question_batch, tiny_model, training_batch
+from short_runs import CONFIG, DATA, make, same_weights
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 from transformers import AutoModelForQuestionAnswering
 
-from hf_oto import OTOConfig, OTOTrainer, compress
-from hf_oto.training.distillation import divergence, hidden_states_loss, load_teacher, logits_loss
+from hf_oto import OTOConfig, compress, partition
+from hf_oto.training.distillation import (
+    Distiller,
+    divergence,
+    hidden_states_loss,
+    load_teacher,
+    logits_loss,
+    sums_items,
+)
 
 STUDENT, TEACHER = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).unbind()
 
@@ -102,11 +110,12 @@ def test_without_weight_a_teacher_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_from_a_teacher_alone_the_model_learns_what_it_says(name, tmp_path):
-    """Of another size, read from a folder, and with dropout that must not act."""
+    """Of another size, read from a folder (a path or its name), and with dropout that must not act."""
     teacher = tiny_model(name, seed=5, **{"dim" if name.startswith("Distil") else "hidden_size": 16})
     teacher.save_pretrained(tmp_path / "teacher")
+    folder = tmp_path / "teacher" if name == ONE_EACH[0] else str(tmp_path / "teacher")
     config = OTOConfig(target_sparsity=0.2, distillation_weight=1.0, min_neurons=4, round_to=4)
-    trainer = make(tmp_path / "out", name, config=config, extra={"teacher": str(tmp_path / "teacher")}, max_steps=200)
+    trainer = make(tmp_path / "out", name, config=config, extra={"teacher": folder}, max_steps=200)
     assert not trainer.teacher.training
     before = copy.deepcopy(trainer.teacher)
 
@@ -159,69 +168,150 @@ def test_a_pruned_model_of_another_family_may_teach(tmp_path):
     assert trainer.hspg.target_reached
 
 
-def token_rows(count):
-    """Sequences of uneven length, with labels for some of their tokens."""
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for _ in range(count):
-        length = int(torch.randint(3, 14, (1,), generator=generator))
-        labels = torch.randint(0, 3, (length,), generator=generator)
-        labels[torch.rand(length, generator=generator) < 0.4] = -100
-        labels[0] = 1
-        ids = torch.randint(2, 61, (length,), generator=generator)
-        rows.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
-    return rows
+# The Distiller, with real models.
+
+TAUGHT = [
+    name
+    for name in ALL
+    if not name.endswith(("Model", "Encoder", "ForPreTraining", "ForMaskedImageModeling"))  # which have no logits
+]
 
 
-class Padding:
-    """What DataCollatorForTokenClassification does, without a tokenizer."""
+def labelled(model):
+    """Inputs with padding, and the labels that the head takes."""
+    if model.base_model_prefix in ("wav2vec2", "hubert") and type(model).__name__.endswith("FrameClassification"):
+        frames = int(model._get_feat_extract_output_lengths(batch(model)["input_values"].shape[1]))
+        return batch(model) | {"labels": F.one_hot(torch.arange(frames).expand(3, -1) % 2).float()}
+    if type(model).__name__.endswith(
+        ("SequenceClassification", "MultipleChoice", "NextSentencePrediction", "XVector")
+    ):
+        return batch(model) | {"labels": torch.tensor([1, 0, 1])}
+    return training_batch(model)
 
-    def __call__(self, rows):
-        longest = max(len(row["input_ids"]) for row in rows)
 
-        def padded(name, value):
-            return torch.tensor([row[name] + [value] * (longest - len(row[name])) for row in rows])
-
-        ids = padded("input_ids", 0)
-        return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": padded("labels", -100)}
+def distil(student, teacher, inputs, **options):
+    """The loss and the number of items, of what both say without dropout."""
+    distiller = Distiller(teacher, OTOConfig(**options))
+    outputs = student(**inputs, **distiller.options)
+    return distiller(student, outputs, inputs)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_accumulated_gradients_are_those_of_one_batch(smoothing, tmp_path):
-    """
-    Also where micro-steps have unequal numbers of labels: each counts by its share. Without label smoothing BERT's own
-    loss does not (it is a mean over the micro-step, which Trainer takes for a share), so that the teacher is alone.
-    """
-    name = "BertForMaskedLM"
-    options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    trained = []
-    for size, accumulation in ((16, 1), (4, 4)):
-        trainer = OTOTrainer(
-            model=tiny_model(name, **options),
-            args=arguments(
-                tmp_path,
-                per_device_train_batch_size=size,
-                gradient_accumulation_steps=accumulation,
-                max_steps=1,
-                max_grad_norm=0.0,
-                optim="sgd",
-                learning_rate=1.0,
-                lr_scheduler_type="constant",
-                weight_decay=0.0,
-                label_smoothing_factor=smoothing,
-            ),
-            oto_config=OTOConfig(
-                target_sparsity=0.0, pruning_periods=1, distillation_weight=0.9 if smoothing else 1.0
-            ),
-            teacher=tiny_model(name, seed=5, **options),
-            train_dataset=token_rows(16),
-            data_collator=Padding(),
-        )
-        trainer.train()
-        trained.append(trainer.model)
-    start = tiny_model(name, **options)
-    moved = 0.0
-    for first, one, four in zip(start.parameters(), *(model.parameters() for model in trained), strict=True):
-        torch.testing.assert_close(one, four, rtol=1e-4, atol=1e-6)
-        moved = max(moved, float((one - first).detach().abs().max()))
-    assert moved > 0.01
+@pytest.mark.parametrize("name", TAUGHT)
+def test_every_head_learns_until_it_says_what_its_teacher_says(name):
+    student, teacher = tiny_model(name), tiny_model(name, seed=5)
+    inputs = labelled(student)
+    loss, items = distil(student, teacher, inputs, hidden_state_weight=1.0)
+    assert loss > 0.01 and 1 <= items <= 3 * 100
+    loss.backward()
+    arrays = partition(student).arrays
+    owned = dict(student.named_parameters())
+    assert all(owned[array.members[0][0]].grad.abs().max() > 0 for array in arrays)
+    loss, _ = distil(copy.deepcopy(teacher), teacher, inputs, hidden_state_weight=1.0)
+    assert loss.abs() < 1e-6
+
+
+def by_hand(values, others, lengths):
+    """Mean squared difference, or divergence, over the positions of every row that are real."""
+    rows = zip(values, others, lengths.tolist(), strict=True)
+    return torch.cat([(ours - theirs)[:length].square().flatten() for ours, theirs, length in rows]).mean()
+
+
+@pytest.mark.parametrize("name", ["Wav2Vec2ForCTC", "HubertForCTC", "Wav2Vec2ForAudioFrameClassification"])
+def test_frames_of_padding_count_for_nothing(name):
+    student, teacher = tiny_model(name), tiny_model(name, seed=5)
+    inputs = batch(student)
+    frames = student._get_feat_extract_output_lengths(inputs["attention_mask"].sum(-1))
+    states = {"output_hidden_states": True}
+    with torch.no_grad():
+        ours, theirs = student(**inputs, **states), teacher(**inputs, **states)
+        taught, items = distil(student, teacher, inputs, distillation_weight=1.0)
+        hidden, _ = distil(student, teacher, inputs, distillation_weight=0.0, hidden_state_weight=1.0)
+    assert frames[0] < ours.logits.shape[1] == frames[1]
+    real = torch.arange(ours.logits.shape[1]) < frames[:, None]
+    assert items == real.sum()
+    torch.testing.assert_close(taught, divergence(ours.logits[real], theirs.logits[real], 2.0).mean())
+    blocks = zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True)
+    torch.testing.assert_close(hidden, torch.stack([by_hand(*block, frames) for block in blocks]).mean())
+
+
+def test_choices_are_sequences_of_their_own():
+    name = "BertForMultipleChoice"
+    student, teacher = tiny_model(name), tiny_model(name, seed=5)
+    inputs, states = batch(student), {"output_hidden_states": True}
+    lengths = inputs["attention_mask"].sum(-1).flatten()
+    assert lengths.min() < lengths.max()
+    with torch.no_grad():
+        ours, theirs = student(**inputs, **states), teacher(**inputs, **states)
+        hidden, _ = distil(student, teacher, inputs, distillation_weight=0.0, hidden_state_weight=1.0)
+    blocks = zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True)
+    torch.testing.assert_close(hidden, torch.stack([by_hand(*block, lengths) for block in blocks]).mean())
+
+
+@pytest.mark.parametrize("shifts", [False, True])
+def test_a_causal_model_learns_where_the_next_token_counts(shifts):
+    """Whether the labels are shifted by the loss, or were by whoever packed the sequences."""
+    name = "LlamaForCausalLM"
+    student, teacher = tiny_model(name), tiny_model(name, seed=5)
+    inputs = batch(student)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[1, :5] = -100  # a prompt
+    next_counts = torch.zeros_like(labels, dtype=torch.bool)
+    next_counts[:, :-1] = labels[:, 1:] != -100
+    given = {}
+    if shifts:
+        given = {"shift_labels": F.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()}
+        given["shift_labels"][2, 6] = -100  # where one text ends and another begins
+        next_counts[2, 6] = False
+    with torch.no_grad():
+        taught, items = distil(student, teacher, {**inputs, "labels": labels, **given}, distillation_weight=1.0)
+        ours, theirs = student(**inputs).logits[next_counts], teacher(**inputs).logits[next_counts]
+    assert items == next_counts.sum()
+    torch.testing.assert_close(taught, divergence(ours, theirs, 2.0).mean())
+
+
+def test_a_ctc_loss_that_is_a_sum_is_taught_by_sums():
+    summed, mean = (tiny_model("Wav2Vec2ForCTC", ctc_loss_reduction=reduction) for reduction in ("sum", "mean"))
+    assert sums_items(summed) and not sums_items(mean) and not sums_items(tiny_model("BertForMaskedLM"))
+
+
+MNLI = {0: "CONTRADICTION", 1: "NEUTRAL", 2: "ENTAILMENT"}
+GLUE = {0: "entailment", 1: "neutral", 2: "contradiction"}
+
+
+def classifier(name, names, seed=0):
+    return tiny_model(name, seed=seed, id2label=names, label2id={value: key for key, value in names.items()})
+
+
+@pytest.mark.parametrize("name", ["RobertaForSequenceClassification", "BertForTokenClassification"])
+def test_classes_are_followed_by_their_names(name):
+    student, teacher = classifier(name, GLUE), classifier(name, MNLI, seed=5)
+    assert load_teacher(teacher, student, hidden_states=False) is teacher
+    inputs = labelled(student)
+    same = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for parameter in (same.classifier.out_proj if name.startswith("Rob") else same.classifier).parameters():
+            parameter.copy_(parameter.flip(0))  # GLUE's order
+        same.config.id2label = GLUE
+        found, expected = (distil(student, model, inputs, distillation_weight=1.0)[0] for model in (teacher, same))
+        torch.testing.assert_close(found, expected)
+        unnamed = distil(student, classifier(name, {n: f"LABEL_{n}" for n in range(3)}, seed=5), inputs)[0]
+    assert (unnamed - found).abs() > 0.01
+
+
+def test_other_classes_are_refused_with_both_orders(tmp_path):
+    name, others = "BertForSequenceClassification", {0: "positive", 1: "negative", 2: "neutral"}
+    message = (
+        r"must have the classes .*\['positive', 'negative', 'neutral'\] for \['entailment', 'neutral', 'contradic"
+    )
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path / "out", model=classifier(name, GLUE), extra={"teacher": classifier(name, others)})
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_order_that_only_one_of_them_names_is_said(caplog):
+    name, plain = "BertForSequenceClassification", {n: f"LABEL_{n}" for n in range(3)}
+    load_teacher(classifier(name, {**GLUE, 2: "else"}, seed=5), classifier(name, plain), hidden_states=False)
+    assert "['entailment', 'neutral', 'else'], the model in training ['LABEL_0', " in caplog.text
+    caplog.clear()
+    load_teacher(classifier(name, plain, seed=5), classifier(name, plain), hidden_states=False)
+    assert not caplog.text

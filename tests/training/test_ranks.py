@@ -9,7 +9,7 @@ import pytest
 import ranks
 import torch
 from families import ONE_EACH, OTHERS, counts, largest_difference, outputs, removed_and_next, tiny_model
-from ranks import ALL_FAMILIES, GLOBAL_BATCH, plan, uneven
+from ranks import ALL_FAMILIES, GLOBAL_BATCH, plan, taught_rows, uneven
 from transformers import AutoModelForQuestionAnswering
 
 from hf_oto import partition
@@ -17,6 +17,7 @@ from hf_oto.hspg import budget
 from hf_oto.hspg.optimizer import KEPT, ZERO
 from hf_oto.hspg.schedule import Schedule
 from hf_oto.models.groups import zero_groups
+from hf_oto.training.distillation import divergence
 
 pytestmark = pytest.mark.slow
 
@@ -101,6 +102,28 @@ def test_ranks_that_shrink_agree_with_those_that_do_not(ran):
     for key, expected in full.items():
         assert torch.equal(first["weights"][key], second["weights"][key])
         assert torch.allclose(first["weights"][key], expected, rtol=0, atol=1e-7)  # float64, and Adam's ε of 1e-8
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_ranks_that_are_taught_take_the_step_of_one_process(ran, average):
+    """Over all labels; or, where their numbers are not averaged, the mean of the ranks' own steps."""
+    first, second = (ran("taught", average, rank) for rank in (0, 1))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    model = tiny_model("BertForMaskedLM", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    teacher = tiny_model("BertForMaskedLM", seed=5)
+    rows = taught_rows()
+    shares = [rows] if average else [rows[0:4] + rows[8:12], rows[4:8] + rows[12:16]]  # a rank's batches of four
+    losses = []
+    for share in shares:
+        batch = {key: torch.stack([row[key] for row in share]) for key in rows[0]}
+        labels = batch.pop("labels")
+        counted = labels != -100
+        ours, theirs = model(**batch).logits[counted], teacher(**batch).logits[counted].detach()
+        own = torch.nn.functional.cross_entropy(ours, labels[counted])
+        losses.append(0.5 * own + 0.5 * divergence(ours, theirs, 2.0).mean())
+    torch.stack(losses).mean().backward()
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(first[key], parameter.detach() - parameter.grad, rtol=1e-4, atol=2e-6)
 
 
 def test_trainer_on_two_ranks_saves_once_what_both_hold(tmp_path):
