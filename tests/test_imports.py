@@ -14,8 +14,8 @@ WINGS = {"": 0, "cli": 1, "training": 2, "deploy": 2, "report": 3, "hspg": 4, "m
 ROOMS = {
     "cli": ["app", "inspect", "compress", "bench", "latency", "export", "answer", "loading", "printing"],
     "training": [
-        *("trainer", "attaching", "checkpoints", "hub", "saving", "showing", "pruned_part", "refusals"),
-        "distillation",
+        *("trainer", "pruning", "attaching", "checkpoints", "hub", "saving", "search", "showing", "pruned_part"),
+        *("refusals", "teaching", "distillation", "zeros"),
     ],
     "deploy": [
         *("benchmark", "latency_tables", "squad_scoring", "answering", "onnx_folder", "onnx_export"),

@@ -147,6 +147,16 @@ def check_table(partition: Partition, config: OTOConfig) -> None:
         )
 
 
+def is_reached(partition: Partition, config: OTOConfig) -> bool:
+    """Whether a model that was pruned before has as much removed as the target asks for."""
+    if not config.target_sparsity:
+        return False
+    check_table(partition, config)
+    found = reach(partition, config)
+    left = allowance(config.target_sparsity, found.total) - found.removed
+    return bool(found.removed) and left < (found.cheapest or 1)
+
+
 def check_target(partition: Partition, config: OTOConfig) -> None:
     """
     Refuse a target that cannot be reached from the model as it is.
@@ -160,7 +170,7 @@ def check_target(partition: Partition, config: OTOConfig) -> None:
         return
     found = reach(partition, config)
     wanted = allowance(config.target_sparsity, found.total)
-    if found.removed and wanted - found.removed < (found.cheapest or 1):
+    if is_reached(partition, config):
         raise ValueError(
             f"`target_sparsity`={config.target_sparsity} of the dense model's {config.target_unit} is removed already "
             f"({found.removed / found.total:.4f}). Choose a larger target."

@@ -25,19 +25,24 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: OTOConfig, total_steps: int) -> Schedule:
-        """Lay out the stages. Raises `ValueError` when warm-up and pruning periods do not fit in the run."""
+        """
+        Lay out the stages. A run with fewer steps of pruning than periods has as many periods as that.
+
+        Raises:
+            `ValueError`: There is no step of pruning in the run.
+        """
         if total_steps < 1:
             raise ValueError(f"`total_steps` must be at least 1, got {total_steps}.")
         start = round(config.warmup_ratio * total_steps)
         if config.target_sparsity is None:
             return cls(total_steps, (start,))
         end = round(config.pruning_end_ratio * total_steps)
-        periods = config.pruning_periods
-        if end - start < periods:
+        periods = min(config.pruning_periods, end - start)
+        if periods < 1:
             raise ValueError(
-                f"`pruning_periods`={periods} need at least {periods} steps of pruning, but a run of {total_steps} "
-                f"steps has {end - start} between `warmup_ratio`={config.warmup_ratio} and "
-                f"`pruning_end_ratio`={config.pruning_end_ratio}. Train longer, or use fewer periods."
+                f"Pruning needs at least 1 step, but a run of {total_steps} steps has none between "
+                f"`warmup_ratio`={config.warmup_ratio} and `pruning_end_ratio`={config.pruning_end_ratio}. Train "
+                f"longer, or move the two apart."
             )
         return cls(total_steps, tuple(start + (end - start) * period // periods for period in range(periods + 1)))
 

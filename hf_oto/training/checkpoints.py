@@ -2,21 +2,76 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 
+from .refusals import check_writable
 from .saving import SHARDED_OPTIMIZER_NAMES, explaining
 
 # Where a checkpoint is written; a push leaves out what begins with an underscore.
 UNFINISHED = "_unfinished"
+
+
+class CheckpointingTrainer(Trainer):
+    """[`Trainer`] whose checkpoints are there whole or not at all, and are resumed from only if they are."""
+
+    _checkpoints_folder: str | None = None  # while one is written
+    _newest_checkpoint: int | None = None  # the step of the one that this run wrote last
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        folder = cast(str, self.args.output_dir)
+        if self.args.save_strategy != SaveStrategy.NO and self.args.should_save and os.path.isdir(folder):
+            check_writable(folder)
+            clear(Path(folder))
+        self._newest_checkpoint = None
+        return super().train(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+            check_complete(checkpoint, None if plugin is None else str(plugin.state_dict_type))
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._checkpoints_folder or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run, name = Path(self._get_output_dir(trial)), name_of(self.state.global_step)
+        writes, wait = self.args.should_save, self.accelerator.wait_for_everyone
+        with appearing(run / name, writes=writes, wait=wait) as folder:
+            self._checkpoints_folder = str(folder)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._checkpoints_folder = None
+            best = name_of(self.state.best_global_step)
+            if best == name or (run / best).is_dir():
+                self.state.best_model_checkpoint = str(run / best)
+            if writes:
+                self.state.save_to_json(str(folder / name / TRAINER_STATE_NAME))  # with the best one's place
+        if writes:
+            remove_superfluous(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self._newest_checkpoint = self.state.global_step
+        wait()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run / name))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run that is resumed when all its steps are done would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
 
 def name_of(step: int | None) -> str:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any, cast
 
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
+from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
 
 from ..config import OTOConfig
 from ..hspg import budget
 from ..hspg.parts import check_sharding
 from ..models.groups import partition
 from ..models.sharding import is_sharded
-from ..models.surgery import check_compressible
 
 # These step during backward, or keep weights or states that are no longer laid out as the model's weights.
 _REFUSED_OPTIMIZERS = ("lomo", "layerwise", "galore", "apollo", "schedule_free", "torch_4bit", "torch_8bit")
@@ -26,6 +27,10 @@ NO_DEEPSPEED = (
 NO_FSDP1 = (
     "FSDP1 is not supported by OTOTrainer: it makes one flat vector of a block's weights, in which groups cannot be "
     "found. Set 'fsdp_version' to 2 in `fsdp_config`."
+)
+NO_FSDP_AROUND = (
+    "`fsdp` is not supported for a model around the one that is pruned: its own weights would be sharded as well, and "
+    "what is saved has to be whole. Use DistributedDataParallel, or train the Transformers model itself."
 )
 
 
@@ -86,11 +91,10 @@ def check_parallelism(model: Any, args: TrainingArguments | None) -> None:
         )
 
 
-def check_model(model: nn.Module, config: OTOConfig) -> None:
-    """Refuse a model without groups or a pruned class, with frozen or split groups, or with the target behind it."""
+def check_trainable(model: nn.Module, config: OTOConfig) -> None:
+    """Refuse a model with the target behind it or out of reach, or with frozen or split groups."""
     groups = partition(model)
     budget.check_target(groups, config)
-    check_compressible(cast(PreTrainedModel, model))
     parameters = dict(model.named_parameters())
     owned = [name for array in groups.arrays if array.kind in config.structures for name, _ in array.members]
     if frozen := [name for name in owned if not parameters[name].requires_grad]:
@@ -99,6 +103,27 @@ def check_model(model: nn.Module, config: OTOConfig) -> None:
             f"leave their kind out of `structures`."
         )
     check_sharding({name: parameters[name] for name in owned})
+
+
+def check_gradients(norm: Any, loss: Any, step: int, output_dir: str) -> None:
+    """
+    Stop before a step by gradients that are no numbers. A loss that is none with gradients that are, as that of a
+    batch without a label, does no harm: Trainer goes on, too.
+
+    Args:
+        norm (`float` or `Tensor`): The gradients' norm.
+        loss (`float` or `Tensor`): Of the last micro-step.
+        step (`int`): Steps taken.
+        output_dir (`str`): Where the run's checkpoints are.
+    """
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if norm is not None and not math.isfinite(float(norm)):
+        raise FloatingPointError(
+            f"The loss is {float(loss)} at step {step}, and its gradients have the norm {float(norm)}. Training stops "
+            f"before that spoils the weights; checkpoints in {output_dir!r} are as they were. Either the data has a "
+            f"batch that gives no number (an input that is infinite or NaN, a division by a count of 0 in the loss): "
+            f"look at the batch of this step. Or the learning rate is too high: lower it, and go on from the last one."
+        )
 
 
 def check_writable(folder: str) -> None:

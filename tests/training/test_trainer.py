@@ -317,9 +317,11 @@ def test_a_pruned_model_is_pruned_again(tmp_path):
     trainer.train()
     trainer.save_model(str(tmp_path / "once"))
     again = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "once")
+    finished = make(tmp_path / "none", model=again, config=OTOConfig(target_sparsity=0.4))
+    assert finished.evaluate()["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
     with pytest.raises(ValueError, match="`target_sparsity`=0.4 of the dense model's params is removed already"):
-        make(tmp_path / "twice", model=again, config=OTOConfig(target_sparsity=0.4))
-    assert not (tmp_path / "twice").exists()
+        finished.train()
+    assert list((tmp_path / "none").iterdir()) == []
     trainer = make(tmp_path / "twice", model=again, config=OTOConfig(target_sparsity=0.7, min_neurons=0, round_to=4))
     trainer.train()
     trainer.save_model()
@@ -493,7 +495,6 @@ def pruned_model():
             CONFIG,
             "10 frozen parameters in zero-invariant groups .'bert.encoder.layer.1.attention.self.q",
         ),
-        (pruned_model, OTOConfig(target_sparsity=0.3), "is removed already"),
         (None, OTOConfig(target_sparsity=0.9), "cannot be reached: .* can go. Lower the target or the floors"),
         (lambda: Custom(tiny_model(ONE_EACH[0]).config), CONFIG, "no class of Transformers' own with a pruned"),
     ],
@@ -517,13 +518,24 @@ def test_a_config_of_another_kind_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_is_too_short_is_refused_before_its_first_step(tmp_path):
-    trainer = make(tmp_path / "run", max_steps=12)
+def test_a_run_without_a_step_to_prune_in_is_refused_before_its_first(tmp_path):
+    config = OTOConfig(warmup_ratio=0.5, pruning_end_ratio=0.6)
+    trainer = make(tmp_path / "run", config=config, max_steps=3)
     before = [parameter.clone() for parameter in trainer.model.parameters()]
-    with pytest.raises(ValueError, match="`pruning_periods`=10 need at least 10 steps .* a run of 12 steps has 5"):
+    with pytest.raises(ValueError, match="Pruning needs at least 1 step, but a run of 3 steps has none between"):
         trainer.train()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
     assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize(("steps", "periods"), [(1, 1), (2, 1), (5, 2), (12, 5)])
+def test_a_smoke_run_uses_fewer_periods_and_saves_a_small_model(steps, periods, tmp_path, caplog):
+    trainer = make(tmp_path / "run", max_steps=steps, save_strategy="steps", save_steps=100)
+    trainer.train()
+    assert trainer.hspg.target_reached and trainer.hspg.schedule.periods == periods
+    assert f"A run of {steps} steps has {periods} of pruning: as many periods are used" in caplog.text
+    small = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "run")
+    assert 0.44 < 1 - sum(h * 1048 + n * 65 for h, n in counts(small)) / (3 * 5752) <= 0.5
 
 
 @pytest.mark.parametrize(

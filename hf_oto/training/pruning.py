@@ -1,0 +1,289 @@
+"""A [`Trainer`] whose optimizer prunes: where HSPG is attached, and what it needs of a training."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.utils import logging
+
+from ..config import OTOConfig
+from ..hspg import budget
+from ..hspg.optimizer import HSPG
+from ..models.groups import partition
+from ..models.modes import dropping_modules
+from ..models.sharding import is_sharded
+from ..models.surgery import block_counts, check_compressible, shrink
+from . import checkpoints, showing
+from .attaching import decay_in_recovery, goes_on, hspg_in, optimizers_in, settled_config, wrapped
+from .pruned_part import find_part, path_of, put_part, saved_config
+from .refusals import (
+    NO_DEEPSPEED,
+    NO_FSDP_AROUND,
+    check_gradients,
+    check_optimizer,
+    check_parallelism,
+    check_trainable,
+)
+from .search import split_space
+from .teaching import TaughtTrainer
+from .zeros import check_zeros
+
+logger = logging.get_logger(__name__)
+
+
+class PruningTrainer(TaughtTrainer):
+    """
+    [`Trainer`] whose optimizer prunes, whoever made it. What becomes of the pruned model is not its business.
+
+    Args:
+        oto_config ([`OTOConfig`], *optional*): The settings of the compression; all defaults if `None`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *others: Any,
+        oto_config: OTOConfig | None = None,
+        teacher: PreTrainedModel | str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if oto_config is not None and not isinstance(oto_config, OTOConfig):
+            raise TypeError(f"`oto_config` must be an OTOConfig, got {type(oto_config).__name__}.")
+        oto_config = settled_config(oto_config, optimizers_in(others, kwargs))
+        self._checked: nn.Module | None = None  # what is known to be prunable
+        if model is not None:  # before Trainer makes `output_dir`
+            trains = kwargs.get("train_dataset") is not None or any(other is not None for other in others)
+            self._check_part(self.pruned_part(model), oto_config if trains else None)
+        check_optimizer(args)
+        check_parallelism(model, args)
+        self._accumulating = False
+        self._last_loss: Any = math.nan
+        self._shrunk_checkpoint: str | None = None  # to resume from, when the optimizer can follow
+        super().__init__(model, args, *others, oto_config=oto_config, teacher=teacher, **kwargs)
+        self._check_supported()
+
+    # What is pruned.
+
+    def pruned_part(self, model: nn.Module) -> PreTrainedModel:
+        """
+        The part of a model that has the groups: the model itself, or the one Transformers model inside it. Override it
+        to choose another; all that concerns pruning, and nothing else, asks it.
+
+        Args:
+            model (`nn.Module`): What is trained, not wrapped.
+        """
+        return find_part(model)
+
+    def put_back(self, model: nn.Module, part: PreTrainedModel) -> nn.Module:
+        """
+        A model with another pruned part in place of its own: `part` itself where that is all there is, otherwise
+        `model`, changed in place. It is asked for a save, to put the small part in, and then the large one again.
+
+        Args:
+            model (`nn.Module`): What is trained, not wrapped.
+            part ([`PreTrainedModel`]): What takes the place of [`~OTOTrainer.pruned_part`].
+        """
+        return put_part(model, self.pruned_part(model), part)
+
+    def _part(self) -> PreTrainedModel:
+        return self.pruned_part(self._whole_model())
+
+    # Before the first step.
+
+    def _check_supported(self) -> None:
+        """Refuse what would train something else than it says, and what only accelerate knows of."""
+        if self.is_deepspeed_enabled:
+            raise ValueError(NO_DEEPSPEED)
+        if self.args.n_gpu > 1:
+            raise ValueError("DataParallel is not supported by OTOTrainer. Launch one process per GPU.")
+
+    @property
+    def _output_dir(self) -> str:
+        return cast(str, self.args.output_dir)
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        # Here is the optimizer, whoever made it and however, and nothing is wrapped or sharded yet.
+        if training and self.optimizer is not None:
+            self._attach(self.optimizer, self.state.max_steps)
+        return super()._wrap_model(model, training, dataloader)
+
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        super().create_optimizer_and_scheduler(num_training_steps)
+        self._attach(cast(Optimizer, self.optimizer), num_training_steps)
+
+    def _check_part(self, part: PreTrainedModel, config: OTOConfig | None) -> None:
+        """Refuse what cannot be pruned and, unless the model is only used, what cannot be trained to the target."""
+        if part is not self._checked:
+            check_compressible(part)
+            self._checked = part
+        if config is not None and not budget.is_reached(partition(part), config):  # a finished model may be evaluated
+            check_trainable(part, config)
+
+    def _attach(self, optimizer: Optimizer, total_steps: int) -> None:
+        """Let HSPG prune what an optimizer trains. In a run that had been shrunk the model becomes as small again."""
+        whole, part, config = self._whole_model(), self._part(), self.oto_config
+        self._accumulating = False
+        if self.hspg is None or not goes_on(self.hspg, part, total_steps, resumes=self.state.global_step > 0):
+            self._check_part(part, None)
+            check_trainable(part, config)
+            if whole is not part and self.is_fsdp_enabled:
+                raise ValueError(NO_FSDP_AROUND)
+            self.optimizer = wrapped(optimizer, whole, part, config, total_steps)
+            if config.shrink_during_training and (reason := self._unshrinkable):
+                logger.warning(f"The model is trained in full size, `shrink_during_training` does nothing: {reason}.")
+        checkpoint, self._shrunk_checkpoint = self._shrunk_checkpoint, None
+        if checkpoint is not None:
+            shrink(part, cast(HSPG, self.hspg), like=self._saved_config(checkpoint))
+            self._load_weights(checkpoint, None)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
+        if self.lr_scheduler is None:
+            made = cast(Optimizer, optimizer or self.optimizer)
+            self.lr_scheduler = decay_in_recovery(self.args, self.oto_config, made, num_training_steps)
+            self._created_lr_scheduler = self.lr_scheduler is not None
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    @property
+    def _unshrinkable(self) -> str | None:
+        if self.oto_config.target_sparsity is None:
+            return "`target_sparsity`=None has no pruning periods"
+        if self.is_fsdp_enabled or is_sharded(self._part()):
+            return "its parameters are sharded"
+        if self.args.world_size > 1:
+            return "DistributedDataParallel goes by the weights that it was given"
+        return None if self.hspg is None else self.hspg.unshrinkable
+
+    @property
+    def hspg(self) -> HSPG | None:
+        """The optimizer that prunes, without accelerate's wrapper. `None` before training."""
+        return hspg_in(self.optimizer)
+
+    # Training.
+
+    def compute_loss_context_manager(self) -> Any:
+        # Trainer has just set the model to training mode. The backward pass may go through the blocks once more.
+        whole = self._whole_model()
+        if whole.training and self._drops_nothing:
+            around = [module for module in whole.modules() if isinstance(module, nn.Dropout)]
+            for module in (*dropping_modules(self._part()), *around):
+                module.eval()
+        return super().compute_loss_context_manager()
+
+    @property
+    def _drops_nothing(self) -> bool:
+        pruned = self.hspg is not None and bool(self.oto_config.target_sparsity) and self.hspg.stage != "warmup"
+        return pruned and not self.oto_config.keep_dropout
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._drops_nothing:
+            model.train()
+        self._last_loss = loss
+        synced = self.accelerator.sync_gradients
+        # Between processes only the last micro-step's gradients agree.
+        if self.hspg is not None and (synced or self.args.world_size == 1):
+            scaler = self.accelerator.scaler
+            self.hspg.observe(loss_scale=1.0 if scaler is None else scaler.get_scale(), accumulated=self._accumulating)
+        self._accumulating = not synced and self.args.world_size == 1
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.scaler is None:  # which leaves such steps out, and scales less
+            check_gradients(norm, self._last_loss, self.state.global_step, self._output_dir)
+        return norm
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # After a step, and before anything is saved: what is saved at the target is then all of one size.
+        hspg = self.hspg if self.oto_config.shrink_during_training else None
+        if hspg is not None and hspg.shrink_due and self._unshrinkable is None:
+            shrink(self._part(), hspg)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        stage = None
+        if "loss" in logs and self.hspg is not None:
+            check_zeros(self._part(), self.hspg)
+            logs, stage = {**logs, **self.hspg.metrics()}, self.hspg.stage
+        super().log(logs, start_time)
+        seen = [entry["stage"] for entry in self.state.log_history if "stage" in entry][-1:]
+        if stage is not None:  # no number: what loggers of numbers would warn of
+            self.state.log_history[-1]["stage"] = cast(Any, stage)
+        if "train_runtime" in logs or (stage is not None and seen not in ([], [stage])):  # the end, or a new stage
+            callbacks = self.callback_handler.callbacks
+            showing.add_to_tensorboard(callbacks, self._pictures, self.state.global_step)
+
+    def _pictures(self, small: PreTrainedModel | None = None) -> dict[str, Any]:
+        # The large one knows better which heads are kept, if it is whole.
+        return showing.pictures(small or self._part(), self.oto_config, self.state.log_history)
+
+    @property
+    def _at_target(self) -> bool:
+        """Whether evaluations are of a model that is as small as it was asked for."""
+        return self.hspg is None or self.hspg.target_reached or self.oto_config.target_sparsity is None
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return self._at_target and super()._determine_best_metric(metrics, trial)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        # A learning rate that goes by evaluations would fall when the model gets smaller.
+        skip = skip_scheduler or not self._at_target
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """As [`Trainer.hyperparameter_search`]. Fields of [`OTOConfig`] may be in the space as well."""
+        self._config_of_search = self.oto_config
+        try:
+            return super().hyperparameter_search(*args, **kwargs)
+        finally:
+            self.oto_config = self._config_of_search
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        if self.hp_search_backend is None or trial is None:
+            super()._hp_search_setup(trial)
+            return
+        space = cast(Any, self.hp_space)
+        found, rest = split_space(trial if isinstance(trial, Mapping) else space(trial))
+        self.hp_space = lambda _: rest
+        try:
+            super()._hp_search_setup(rest if isinstance(trial, Mapping) else trial)
+        finally:
+            self.hp_space = space
+        self.oto_config = replace(self._config_of_search, **found)
+
+    # Resuming.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the weights now, or, if they are of a model that had been shrunk, when the optimizer can follow."""
+        part, saved = self._part(), self._saved_config(resume_from_checkpoint)
+        groups = partition(part)
+        counts = list(zip(groups.counts("heads"), groups.counts("neurons"), strict=True))
+        if saved is None or block_counts(saved) == counts:
+            checkpoints.check_shapes(resume_from_checkpoint, self._whole_model(), part)
+            self._load_weights(resume_from_checkpoint, model)
+        elif not self.oto_config.shrink_during_training:
+            raise ValueError(
+                f"{resume_from_checkpoint} has {block_counts(saved)} (heads, neurons) in its blocks, `model` "
+                f"{counts}. Resume with the model that the run began with, and with `shrink_during_training=True` if "
+                f"it had that."
+            )
+        else:
+            self._shrunk_checkpoint = resume_from_checkpoint
+
+    def _load_weights(self, checkpoint: str, model: nn.Module | None) -> None:
+        # Not every Trainer takes `model`, and upstream gives one under FSDP alone.
+        super()._load_from_checkpoint(checkpoint, *([] if model is None else [model]))
+
+    def _saved_config(self, checkpoint: str) -> Any:
+        part = self._part()
+        return saved_config(checkpoint, partition(part).model_type, path_of(self._whole_model(), part))

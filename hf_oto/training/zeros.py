@@ -1,0 +1,51 @@
+"""Whether what was pruned still is: the weights are asked, not the optimizer."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from ..hspg.optimizer import HSPG
+from ..models.groups import partition, zero_groups
+from ..models.sharding import is_sharded
+
+_REMEDY = (
+    "Something beside the optimizer has written weights since, or a loss pulls them back: averages of weights that "
+    "are copied in, a callback that restores an earlier state, a penalty on the distance from other weights. Leave "
+    "what is zero as it is (`trainer.hspg.zero_masks()` says what is), or do it before pruning begins, and go on from "
+    "the last checkpoint."
+)
+
+
+def check_zeros(part: PreTrainedModel, hspg: HSPG) -> None:
+    """Stop a run whose groups do not stay zero: it would end larger than it says. Sharded weights are not read."""
+    masks = hspg.zero_masks()
+    if is_sharded(part) or not any(bool(mask.any()) for mask in masks.values()):
+        return
+    parameters = dict(part.named_parameters())
+    lost = {"heads": 0, "neurons": 0}
+    for array in hspg.partition.arrays:
+        gone = masks.get((array.layer, array.kind))
+        if gone is not None and bool(gone.any()):
+            lost[array.kind] += int((gone & ~zero_groups(array, parameters).cpu()).sum())
+    if any(lost.values()):
+        raise ValueError(
+            f"{lost['heads']} heads and {lost['neurons']} neurons that were zero are not any more at step "
+            f"{hspg.steps_done}. {_REMEDY}"
+        )
+
+
+def check_size(small: PreTrainedModel, hspg: HSPG | None) -> None:
+    """Refuse to save a small model that has more left than what was pruned from it."""
+    if hspg is None:
+        return
+    masks = hspg.zero_masks()
+    expected, left = {"heads": 0, "neurons": 0}, {"heads": 0, "neurons": 0}
+    for array, cut in zip(hspg.partition.arrays, partition(small).arrays, strict=True):
+        gone = masks.get((array.layer, array.kind))
+        expected[array.kind] += array.count - (0 if gone is None else int(gone.sum()))
+        left[array.kind] += cut.count
+    if any(left[kind] > expected[kind] for kind in left):
+        raise ValueError(
+            f"The model has {left['heads']} heads and {left['neurons']} neurons left, where {expected['heads']} and "
+            f"{expected['neurons']} were not pruned: it is not saved as if it was. {_REMEDY}"
+        )
