@@ -1,0 +1,156 @@
+"""Folders written whole: other people's files, trees, and a process that dies at any step of a save."""
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from families import ONE_EACH, counts, tiny_model, zero_uneven
+from short_runs import make
+from transformers import AutoModelForQuestionAnswering
+
+from hf_oto.training.saving import finish, replacing
+
+OTHERS = [
+    *("ema_model.safetensors", "adapter_model.safetensors", "model.fp16.safetensors", "teacher_model.safetensors"),
+    *("model-ema.safetensors", "pytorch_model.bin", "model.safetensors.bak", "best_model.safetensors.index.json"),
+    *("notes.txt", "onnx/model.onnx", "adapters/model.safetensors", "extra/mine.json"),
+]
+
+
+class Tree:
+    """A processing class whose files lie in folders, as chat templates and image processors' may."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def save_pretrained(self, folder):
+        for name in ("tokenizer.json", "extra/one.json", "extra/deep/two.json"):
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{self.text} {name}")
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def write(folder, files):
+    for name, content in files.items():
+        path = Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def test_a_folder_with_folders_is_saved_into_again(tmp_path):
+    model = tiny_model(ONE_EACH[0])
+    zero_uneven(model)
+    trainer = make(tmp_path / "run", model=model, extra={"processing_class": Tree("first")})
+    folder = tmp_path / "small"
+    write(folder, {name: name.encode() for name in OTHERS})
+    trainer.save_model(str(folder))
+    trainer.processing_class = Tree("second")
+    trainer.save_model(str(folder))
+    found = files_of(folder)
+    assert {name: found[name] for name in OTHERS} == {name: name.encode() for name in OTHERS}
+    assert found["extra/deep/two.json"] == b"second extra/deep/two.json" and b"second" in found["tokenizer.json"]
+    assert counts(AutoModelForQuestionAnswering.from_pretrained(folder)) != [(4, 24)] * 3
+    assert not [name for name in found if "unfinished" in name]
+
+
+@pytest.mark.parametrize("blocked", ["extra", "tokenizer.json"])
+def test_what_cannot_be_put_in_its_place_is_refused_before_anything_moves(blocked, tmp_path):
+    trainer = make(tmp_path / "run", extra={"processing_class": Tree("first")})
+    folder = tmp_path / "small"
+    write(folder, {"model.safetensors": b"old", ("extra" if blocked == "extra" else f"{blocked}/file"): b"mine"})
+    before = files_of(folder)
+    with pytest.raises(ValueError, match=rf"{blocked} is a (file|folder) where a (file|folder) has to go"):
+        trainer.save_model(str(folder))
+    assert files_of(folder) == before
+
+
+OLD = {
+    "config.json": b"old",
+    "model-00001-of-00002.safetensors": b"old",
+    "model-00002-of-00002.safetensors": b"old",
+    "model.safetensors.index.json": b"old",
+    "tokenizer.json": b"old",
+    "2_Dense/model.safetensors": b"old",
+    "2_Dense/config.json": b"old",
+}
+NEW = {
+    "config.json": b"new",
+    "model.safetensors": b"new",
+    "tokenizer.json": b"new",
+    "modeling.py": b"new",
+    "1_Pooling/config.json": b"new",
+    "2_Dense/model.safetensors": b"new",
+    "2_Dense/config.json": b"new",
+}
+MINE = {"ema_model.safetensors": b"mine", "3_Mine/model.safetensors": b"mine", "notes.txt": b"mine"}
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
+
+
+def save_and_die(folder, at):
+    """Save in a process of its own, which is killed at the change of the disk of this number. Whether it was."""
+    if not (child := os.fork()):
+        changes = 0
+
+        def count(event, arguments):
+            nonlocal changes
+            written = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+            if event in CHANGES or written:
+                changes += 1
+                if changes == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        with replacing(folder) as unfinished:
+            write(unfinished, NEW)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status != 0
+
+
+def weights(files, folder=""):
+    return {name: content for name, content in files.items() if Path(name).parent == Path(folder) and "model" in name}
+
+
+def test_a_process_killed_at_any_step_leaves_one_of_both_models(tmp_path):
+    folder, at, seen = tmp_path / "small", 0, set()
+    killed = True
+    while killed:
+        at += 1
+        shutil.rmtree(folder, ignore_errors=True)
+        write(folder, OLD | MINE)
+        killed = save_and_die(folder, at)
+        found = files_of(folder)
+        shown = {name: content for name, content in found.items() if not name.startswith(".")}
+        assert MINE.items() <= shown.items()
+        for place in ("", "2_Dense"):
+            # Weights of one model only, and with its own config: otherwise there are none that could be loaded.
+            there = set(weights({k: v for k, v in shown.items() if k not in MINE and ".py" not in k}, place).values())
+            assert len(there) <= 1
+            if there == {b"new"}:
+                assert shown[str(Path(place, "config.json"))] == b"new"
+        whole = shown == OLD | MINE or shown == NEW | MINE
+        seen.add("old" if shown == OLD | MINE else "new" if shown == NEW | MINE else "between")
+        finish(folder)  # what the next save or run does
+        after = {name: content for name, content in files_of(folder).items() if not name.startswith(".")}
+        assert after == NEW | MINE or (whole and after == shown)
+        with replacing(folder) as unfinished:
+            write(unfinished, NEW)
+        assert files_of(folder) == NEW | MINE
+    assert at > 25 and seen == {"old", "between", "new"}
+
+
+def test_an_error_on_the_way_changes_nothing(tmp_path):
+    folder = tmp_path / "small"
+    write(folder, OLD | MINE)
+    with pytest.raises(KeyboardInterrupt), replacing(folder) as unfinished:
+        write(unfinished, NEW)
+        raise KeyboardInterrupt
+    assert files_of(folder) == OLD | MINE
