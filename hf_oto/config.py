@@ -43,6 +43,9 @@ class LatencyTable:
         threads (`int`): Threads of one operation.
         device, dtype, attention, torch (`str`): Where and how it was timed: the device's name, the weights' dtype, the
             attention implementation and PyTorch's version.
+        method (`str`, *optional*, defaults to `"clock"`):
+            What was timed: `"clock"`, what passed on the CPU; `"CUDA graph"` or `"device events"`, what an accelerator
+            took, without the host's launching.
 
     Raises:
         `ValueError`, `TypeError`: A number or a curve is none that a measurement can give; the message names it.
@@ -65,6 +68,7 @@ class LatencyTable:
     dtype: str
     attention: str
     torch: str
+    method: str = "clock"
 
     def __post_init__(self) -> None:
         for name in (*_COUNTS, *_CONDITIONS):
@@ -85,10 +89,20 @@ class LatencyTable:
     @property
     def conditions(self) -> str:
         """Where and how it was timed, in words."""
+        how = "" if self.method == "clock" else f" by {self.method}"
         return (
             f"batch {self.batch_size} x {self.length} tokens, {self.dtype}, {self.attention} attention, "
-            f"{self.device}, {self.threads} thread{'s' if self.threads > 1 else ''}, torch {self.torch}"
+            f"{self.device}{how}, {self.threads} thread{'s' if self.threads > 1 else ''}, torch {self.torch}"
         )
+
+    @property
+    def whole_structures(self) -> float:
+        """
+        Which part of what heads and neurons take goes only with the last of a block: the price of its kernels, which
+        are launched whatever their widths. Linear curves have next to none of it.
+        """
+        alone = sum(_price_of_kernels(getattr(self, kind)) for kind in _KINDS)
+        return alone / sum(getattr(self, kind)[-1][1] for kind in _KINDS)
 
     def saved(self, kind: str) -> tuple[int, ...]:
         """Nanoseconds that a block saves with its first, second, … group of a kind to go. None is below 1."""
@@ -97,14 +111,17 @@ class LatencyTable:
     def to_dict(self) -> dict[str, Any]:
         """The table as plain JSON values."""
         curves = {kind: [list(point) for point in getattr(self, kind)] for kind in _KINDS}
-        return {**dataclasses.asdict(self), **curves}
+        values = {**dataclasses.asdict(self), **curves}
+        if self.method == "clock":  # as tables were before there was another
+            del values["method"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LatencyTable:
         """The table of [`~LatencyTable.to_dict`]'s result. Raises `ValueError` on a missing or an unknown name."""
         names = {field.name for field in dataclasses.fields(cls)}
-        if wrong := sorted(names ^ set(values)):
-            missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
+        if wrong := sorted(names - {"method"} ^ set(values) - {"method"}):
+            missing, unknown = sorted(names - {"method"} - set(values)), sorted(set(values) - names)
             listed = [f"lacks {missing}"] * bool(missing) + [f"has {unknown}, which is nothing of it"] * bool(unknown)
             raise ValueError(f"`latency_table` {' and '.join(listed)} ({len(wrong)} names). Measure it anew.")
         return cls(**values)
@@ -140,6 +157,13 @@ class LatencyTable:
         if isinstance(value, str | os.PathLike):
             return cls.load(value)
         raise TypeError(f"`latency_table` must be a LatencyTable, its dict or its file, got {type(value).__name__}.")
+
+
+def _price_of_kernels(curve: Sequence[tuple[int, int]]) -> float:
+    """What a block's first group takes beyond its share in those that come after it."""
+    (_, none), (count, first), (every, last) = curve[0], curve[1], curve[-1]
+    slope = (last - first) / (every - count) if every > count else (last - none) / every
+    return max(0.0, first - none - slope * count)
 
 
 @cache

@@ -1,8 +1,16 @@
-"""What holds for every test: no network, one thread per worker, seeds."""
+"""What holds for every test: no network, one thread per worker, the CPU, seeds.
+
+Contracts that hold on any device (`tests/accelerator`) run in processes of their own, which `HF_OTO_TEST_DEVICE` gives
+one: all other tests, and the processes that they start, find no GPU.
+"""
 
 import os
 import sys
 from pathlib import Path
+
+DEVICE = os.environ.get("HF_OTO_TEST_DEVICE", "cpu")
+# What GPUs there are, for those processes: the workers of a run inherit it.
+GPUS = os.environ.setdefault("HF_OTO_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 
 # Before the first import of torch or a Hugging Face library: they read these once. Subprocesses inherit them.
 os.environ.update(
@@ -12,8 +20,11 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
-    CUDA_VISIBLE_DEVICES="",
 )
+first = "0" if GPUS == "all" else GPUS.partition(",")[0]
+os.environ["CUDA_VISIBLE_DEVICES"] = first if DEVICE.startswith("cuda") else ""
+if DEVICE.startswith("standin"):
+    os.environ["ACCELERATE_TORCH_DEVICE"] = f"{DEVICE}:0"  # where Trainer goes
 
 import random  # noqa: E402
 
@@ -27,6 +38,9 @@ torch.set_num_threads(1)
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS / "helpers"), str(TESTS.parent / "examples" / "squad")]
 
+if DEVICE.startswith("standin"):
+    import accelerator  # noqa: F401 (registers the device)
+
 # A busy machine is no failure (deadline), and a run finds what the last one found (derandomize).
 settings.register_profile("hf_oto", deadline=None, derandomize=True)
 settings.load_profile("hf_oto")
@@ -36,3 +50,9 @@ settings.load_profile("hf_oto")
 def seeded():
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def device():
+    """Where a contract is tried: what `HF_OTO_TEST_DEVICE` names."""
+    return torch.device(DEVICE, 0) if DEVICE != "cpu" else torch.device("cpu")

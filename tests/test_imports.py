@@ -19,7 +19,7 @@ ROOMS = {
     ],
     "deploy": [
         *("benchmark", "latency_tables", "squad_scoring", "answering", "onnx_folder", "onnx_export"),
-        *("pooling", "model_files", "threads"),
+        *("pooling", "model_files", "threads", "timing"),
     ],
     "report": ["card", "summary", "pictures", "tables"],
     "hspg": ["optimizer", "budget", "saliency", "schedule", "parts"],

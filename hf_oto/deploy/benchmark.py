@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +19,7 @@ from ..models.trial_inputs import example_batch, longest_input
 from ..report.summary import summarize
 from .onnx_export import check_packages, export_onnx, inference_session
 from .threads import using_threads
+from .timing import Timer, device_name
 
 BACKENDS = ("eager", "compile", "onnx", "onnx-int8")
 ONNX_BACKENDS = {"onnx", "onnx-int8"}
@@ -44,6 +45,8 @@ class Measurement:
         backend (`str`): `"eager"`, `"compile"`, `"onnx"` or `"onnx-int8"`.
         batch_size, length (`int`): Sequences of a batch, and tokens of each.
         threads (`int`): Threads of one operation.
+        device, dtype (`str`): Where both were timed, and the dtype of their weights.
+        method (`str`): How, as in [`~hf_oto.deploy.timing.Timer`].
         dense, pruned ([`Latency`]): What a batch takes.
         macs_ratio (`float`):
             MACs of the dense model's blocks over the pruned one's, at this length. What pruning leaves alone
@@ -55,6 +58,9 @@ class Measurement:
     batch_size: int
     length: int
     threads: int
+    device: str
+    dtype: str
+    method: str
     dense: Latency
     pruned: Latency
     macs_ratio: float
@@ -81,14 +87,14 @@ def measure(
     warmup: int = 3,
 ) -> Iterator[Measurement]:
     """
-    Time two models on the same random batches, without padding, on the CPU. The runs of the two take turns, so that
-    what slows the machine down slows both.
+    Time two models on the same random batches, without padding. The runs of the two take turns, so that what slows the
+    machine down slows both. On an accelerator the device's own time counts: [`~hf_oto.deploy.timing.Timer`].
 
     Args:
-        dense, pruned ([`PreTrainedModel`]): On the CPU.
+        dense, pruned ([`PreTrainedModel`]): On one device and in one dtype; for ONNX on the CPU.
         backends (`Sequence[str]`):
-            Of `"eager"`, `"compile"` (`torch.compile`), `"onnx"` (ONNX Runtime, float32) and `"onnx-int8"` (the same,
-            quantized as [`~hf_oto.deploy.onnx_export.export_onnx`] does it).
+            Of `"eager"`, `"compile"` (`torch.compile`), `"onnx"` (ONNX Runtime, float32, on the CPU) and `"onnx-int8"`
+            (the same, quantized as [`~hf_oto.deploy.onnx_export.export_onnx`] does it).
         batch_sizes, lengths (`Sequence[int]`): Every backend is timed on every combination.
         threads (`int`, *optional*): Threads of one operation. By default torch's own number.
         repeats (`int`, *optional*, defaults to 30): Runs of each model that count.
@@ -98,7 +104,8 @@ def measure(
         `Iterator[Measurement]`: One after another, as they are done.
 
     Raises:
-        `ValueError`: A backend is unknown, a number is too small, or a model does not read so many tokens, or none.
+        `ValueError`: A backend is unknown or not for the device, the models are on two devices or of two dtypes, a
+            number is too small, or a model does not read so many tokens, or none.
         `ImportError`: A package that ONNX needs is not installed.
     """
     for backend in backends:
@@ -116,7 +123,14 @@ def measure(
     longest = min(longest_input(dense), longest_input(pruned))
     if lengths and max(lengths) > longest:
         raise ValueError(f"`length` must be at most {longest}, what both models read, got {max(lengths)}.")
+    if (dense.device, dense.dtype) != (pruned.device, pruned.dtype):
+        raise ValueError(
+            f"`dense` and `pruned` must be on one device and of one dtype, got {dense.dtype} on {dense.device} and "
+            f"{pruned.dtype} on {pruned.device}. Move the one to the other's."
+        )
     if ONNX_BACKENDS.intersection(backends):
+        if dense.device.type != "cpu":
+            raise ValueError(f"`backends` of ONNX are timed on the CPU, got models on {dense.device}.")
         check_packages()
     return _measurements((dense, pruned), backends, batch_sizes, lengths, threads, repeats, warmup)
 
@@ -141,13 +155,28 @@ def _measurements(
             )
             for length in lengths:
                 for batch_size in batch_sizes:
-                    batches = [example_batch(model, batch_size, length, padded=False) for model in models]
+                    batches = [_batch(model, batch_size, length) for model in models]
                     runs = sessions or [_runner(model, backend) for model in models]
-                    times = _timed(runs, batches, repeats, warmup)
+                    times, method = _timed(runs, batches, models[0].device, repeats, warmup)
                     dense, pruned = (_latency(own) for own in times)
                     before, after = macs[length]
-                    ratio = before / after if after else float("inf")
-                    yield Measurement(backend, batch_size, length, number, dense, pruned, ratio)
+                    yield Measurement(
+                        backend=backend,
+                        batch_size=batch_size,
+                        length=length,
+                        threads=number,
+                        device=device_name(models[0].device),
+                        dtype=str(models[0].dtype).removeprefix("torch."),
+                        method=method,
+                        dense=dense,
+                        pruned=pruned,
+                        macs_ratio=before / after if after else float("inf"),
+                    )
+
+
+def _batch(model: PreTrainedModel, batch_size: int, length: int) -> dict[str, Tensor]:
+    batch = example_batch(model, batch_size, length, padded=False)
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 def _sessions(models: Sequence[PreTrainedModel], threads: int, stack: ExitStack, *, int8: bool) -> list[Run]:
@@ -173,18 +202,23 @@ def _runner(model: PreTrainedModel, backend: str) -> Run:
 
 
 @torch.inference_mode()
-def _timed(runs: Sequence[Run], batches: Sequence[dict[str, Tensor]], repeats: int, warmup: int) -> list[list[float]]:
-    """Milliseconds of every run that counts, model by model."""
+def _timed(
+    runs: Sequence[Run], batches: Sequence[dict[str, Tensor]], device: torch.device, repeats: int, warmup: int
+) -> tuple[list[list[float]], str]:
+    """Milliseconds of every run that counts, model by model, and how they were taken: for both in the same way."""
+    calls = [partial(run, batch) for run, batch in zip(runs, batches, strict=True)]
+    timers = [Timer(call, device) for call in calls]
+    if len({timer.method for timer in timers}) > 1:
+        timers = [Timer(call, device, graphs=False) for call in calls]
     times: list[list[float]] = [[] for _ in runs]
     for repeat in range(-warmup, repeats):
         # The one that goes second finds the caches as the first left them: each goes first as often.
         order = range(len(runs)) if repeat % 2 else reversed(range(len(runs)))
         for index in order:
-            start = time.perf_counter()
-            runs[index](batches[index])
+            taken = timers[index]()
             if repeat >= 0:
-                times[index].append(1000 * (time.perf_counter() - start))
-    return times
+                times[index].append(taken)
+    return times, timers[0].method
 
 
 def _latency(times: Sequence[float]) -> Latency:

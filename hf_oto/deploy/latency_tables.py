@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..models.sharding import is_sharded
 from ..models.surgery import keep_groups
 from ..models.trial_inputs import example_batch, longest_input
 from .threads import using_threads
+from .timing import CLOCK, Timer, device_name
 
 # Of a block's heads and neurons, the shares at which it is timed; none and one unit of neurons come to these.
 _SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)
@@ -46,12 +48,17 @@ def measure_latency(
     machine down slows all alike. Of every size the median counts. A block's time is taken to be that of its heads plus
     that of its neurons plus a rest, which is found by least squares; what is left of a forward is never pruned.
 
-    It takes about `(repeats + warmup)` times 15 to 25 dense blocks, and as much memory as these have weights.
+    On an accelerator every size is a model of its own, all of whose blocks have it, and whole forwards are timed, by
+    the device's own time ([`~hf_oto.deploy.timing.Timer`]). Where kernels are the price and not widths, as in small
+    batches, the table says so: [`~hf_oto.config.LatencyTable.whole_structures`].
+
+    It takes about `(repeats + warmup)` times 15 to 25 dense blocks, and as much memory as these have weights; on an
+    accelerator as many models one after the other.
 
     Args:
         model ([`PreTrainedModel`]):
-            A dense model that reads tokens, on the CPU or a CUDA device, in the dtype that it will be used in. It is
-            left as it is.
+            A dense model that reads tokens, on the device and in the dtype that it will be used in. It is left as it
+            is.
         batch_size (`int`, *optional*, defaults to 1): Sequences of a batch; none is padded.
         length (`int`, *optional*, defaults to 128): Tokens of each.
         threads (`int`, *optional*): Threads of one operation on the CPU. By default torch's own number.
@@ -84,14 +91,16 @@ def measure_latency(
                 f"`cpu_time` is for `threads`=1 on the CPU, got {number} threads on {device.type}: only there it is "
                 f"the time that would pass."
             )
-        clock = _cuda_event if device.type == "cuda" else time.thread_time_ns if cpu_time else time.perf_counter_ns
-        sizes = _sizes(groups)
-        models = [_of_sizes(model, groups, chunk) for chunk in sizes]
-        batch = {
-            name: tensor.to(device) for name, tensor in example_batch(model, batch_size, length, padded=False).items()
-        }
-        times, rests = _timed([_Stopwatch(each, groups, clock) for each in models], batch, repeats, warmup)
-    flat = [size for chunk in sizes for size in chunk]
+        sizes, batch = _sizes(groups), example_batch(model, batch_size, length, padded=False)
+        flat, method = [size for chunk in sizes for size in chunk], CLOCK
+        if device.type == "cpu":
+            clock = time.thread_time_ns if cpu_time else time.perf_counter_ns
+            models = [_of_sizes(model, groups, chunk) for chunk in sizes]
+            times, rests = _timed([_Stopwatch(each, groups, clock) for each in models], batch, repeats, warmup)
+        else:
+            flat, rests = sorted(set(flat)), [0.0]  # what is no block is in the blocks' rest
+            there = {name: tensor.to(device) for name, tensor in batch.items()}
+            times, method = _timed_alone(model, groups, flat, there, repeats, warmup)
     heads, neurons, rest = _curves(groups, flat, times)
     total = statistics.median(rests) + groups.num_layers * (rest + heads[-1][1] + neurons[-1][1])
     return LatencyTable(
@@ -108,10 +117,11 @@ def measure_latency(
         batch_size=batch_size,
         length=length,
         threads=number,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        device=device_name(device),
         dtype=str(model.dtype).removeprefix("torch."),
         attention=str(model.config._attn_implementation),
         torch=torch.__version__,
+        method=method,
     )
 
 
@@ -122,8 +132,9 @@ def _check(model: PreTrainedModel, **numbers: int | None) -> Partition:
     groups = partition(model)
     if model.config.model_type.startswith(PRUNED_PREFIX):
         raise ValueError("`model` is pruned already, and the table is that of the dense model: pass that.")
-    if is_sharded(model) or model.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"`model` must be whole, with its weights on the CPU or a CUDA device, got {model.device}.")
+    if is_sharded(model) or model.device.type == "meta":
+        held = "one that is spread over ranks" if is_sharded(model) else "none on the meta device"
+        raise ValueError(f"`model` must be whole and hold its weights, got {held}. Load it.")
     if not groups.num_layers:
         raise ValueError("`model` has no blocks, so there is nothing to time.")
     longest = longest_input(model)
@@ -171,10 +182,10 @@ def _of_sizes(model: PreTrainedModel, groups: Partition, sizes: Sequence[tuple[i
 class _Stopwatch:
     """Times the blocks of a model in its forwards: `()` runs one and gives block by block, then the rest."""
 
-    def __init__(self, model: PreTrainedModel, groups: Partition, clock: Callable[[], Any]) -> None:
+    def __init__(self, model: PreTrainedModel, groups: Partition, clock: Callable[[], int]) -> None:
         self.model = model
         self.clock = clock
-        self.stamps: list[Any] = []
+        self.stamps: list[int] = []
         blocks: Any = model.base_model.get_submodule(BLOCK_SPECS[groups.model_type].blocks)
         for block in blocks:
             block.register_forward_pre_hook(self._stamp)
@@ -187,18 +198,32 @@ class _Stopwatch:
         self.stamps = [self.clock()]
         self.model(**batch)
         self.stamps.append(self.clock())
-        if isinstance(self.stamps[0], int):
-            spans = [end - start for start, end in zip(self.stamps, self.stamps[1:], strict=False)]
-        else:
-            torch.cuda.synchronize()
-            spans = [1e6 * a.elapsed_time(b) for a, b in zip(self.stamps, self.stamps[1:], strict=False)]
+        spans = [end - start for start, end in zip(self.stamps, self.stamps[1:], strict=False)]
         return [*spans[1::2], sum(spans[::2])]
 
 
-def _cuda_event() -> Any:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+@torch.inference_mode()
+def _timed_alone(
+    model: PreTrainedModel,
+    groups: Partition,
+    sizes: Sequence[tuple[int, int]],
+    batch: dict[str, Tensor],
+    repeats: int,
+    warmup: int,
+    *,
+    graphs: bool = True,
+) -> tuple[list[float], str]:
+    """Nanoseconds of a block of every size, all else in a forward included, and how they were taken: alike for all."""
+    times, methods = [], set()
+    for size in sizes:
+        cut: Any = _of_sizes(model, groups, [size] * groups.num_layers)
+        timer = Timer(partial(cut, **batch), model.device, graphs=graphs)
+        found = [timer() for _ in range(warmup + repeats)][warmup:]
+        times.append(1e6 * statistics.median(found) / groups.num_layers)
+        methods.add(timer.method)
+        if len(methods) > 1:
+            return _timed_alone(model, groups, sizes, batch, repeats, warmup, graphs=False)
+    return times, methods.pop()
 
 
 @torch.inference_mode()

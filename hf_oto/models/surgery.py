@@ -410,7 +410,7 @@ def _kept_heads(model: PreTrainedModel, groups: Partition, kept: Sequence[Tensor
     found = {}
     for array, keep in zip(groups.arrays[::2], kept[::2], strict=True):
         attention = blocks.get_submodule(f"{array.layer}.{spec.attention}")
-        now = getattr(attention, KEPT_HEADS, torch.arange(array.count))
+        now = getattr(attention, KEPT_HEADS, torch.arange(array.count, device=model.device))
         found[f"{names[attention]}.{KEPT_HEADS}"] = now[keep.to(now.device)]
     return found
 

@@ -1,0 +1,120 @@
+"""What holds of a model on any device: groups, cuts, shrinking, HSPG's steps, answers, tables of latencies.
+
+Every test moves a model to the device, and compares with what the same gives on the CPU.
+"""
+
+import copy
+
+import pytest
+import torch
+from families import EVERY, MODELS, ONE_EACH, OTHERS, batch, counts, squares, tiny_model, training_batch, zero_uneven
+from squad_data import byte_bpe, make_questions, wordpiece
+
+from hf_oto import HSPG, OTOConfig, QuestionAnswerer, compress, measure_latency, partition, shrink, summarize
+from hf_oto.config import LatencyTable
+from hf_oto.deploy.timing import device_name
+
+STEPS = 9  # warm-up 1, pruning 4, recovery 4
+CONFIG = OTOConfig(min_neurons=4, round_to=4, pruning_periods=2)
+MANNERS = {
+    **{kind: {"saliency": kind} for kind in ("fisher", "taylor", "magnitude", "random")},
+    "published": {"target_sparsity": None, "lmbda": 300.0, "epsilon": 0.9},
+}
+ANSWERING = [names[-1] for names in MODELS.values() if names[-1].endswith("ForQuestionAnswering")]
+READING = [name for name in EVERY if name not in ("ViTForImageClassification", "Wav2Vec2ForCTC", "HubertForCTC")]
+
+
+def to(device, inputs):
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+@torch.no_grad()
+def outputs(model):
+    found = model(**to(model.device, batch(model)))
+    return {name: value.cpu() for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def assert_same_outputs(model, other, tolerance=1e-4):
+    expected, actual = outputs(other), outputs(model)
+    for name, value in expected.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(actual[name], value, rtol=0, atol=tolerance * float(value.abs().max()))
+
+
+def gradients(model, seed):
+    found = model(**to(model.device, training_batch(model, seed)))
+    (found.loss if found.get("loss") is not None else squares(found)).backward()
+
+
+def trained(model, device, shrinks=False, steps=STEPS, **settings):
+    """A model after the first steps of a run, its optimizer, and which groups were zero after every step."""
+    config = OTOConfig(**{**CONFIG.to_dict(), **settings})
+    model = model.to(device).eval()  # without dropout
+    model.zero_grad()
+    optimizer = HSPG(torch.optim.AdamW(model.named_parameters(), lr=1e-3), partition(model), config, STEPS)
+    masks = []
+    for step in range(steps):
+        gradients(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        masks.append({place: mask.tolist() for place, mask in optimizer.zero_masks().items()})
+        if shrinks and optimizer.shrink_due:
+            shrink(model, optimizer)
+    return model, optimizer, masks
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_cut_model_stays_where_it_was_and_loads_anywhere(name, device, tmp_path):
+    model = tiny_model(name)
+    kept = zero_uneven(model)
+    there = copy.deepcopy(model).to(device)
+    assert partition(there) == partition(model) and summarize(there) == summarize(model)
+    small = compress(there)
+    assert {parameter.device for parameter in small.parameters()} == {device} and counts(small) == kept
+    assert {buffer.device for buffer in small.buffers()} <= {device}
+    assert_same_outputs(there, model)
+    assert_same_outputs(small, model)
+    small.save_pretrained(tmp_path)
+    loaded = type(small).from_pretrained(tmp_path)
+    assert_same_outputs(loaded, small)
+    assert_same_outputs(loaded.to(device), small)
+    again = compress(small)  # one that is cut already
+    assert_same_outputs(again, small)
+
+
+@pytest.mark.parametrize("name", ONE_EACH + OTHERS)
+def test_a_run_that_shrinks_goes_as_on_the_cpu(name, device):
+    runs = [trained(tiny_model(name), place, shrinks=True) for place in ("cpu", device)]
+    assert counts(runs[0][0]) == counts(runs[1][0])
+    assert {value.device for entry in runs[1][1].state.values() for value in entry.values() if value.dim()} == {device}
+    assert_same_outputs(compress(runs[1][0].eval()), runs[0][0].eval(), tolerance=0.05)
+
+
+@pytest.mark.parametrize("manner", MANNERS)
+def test_groups_are_chosen_as_on_the_cpu(manner, device):
+    for name in ONE_EACH + OTHERS:
+        here, there = (trained(tiny_model(name), place, steps=3, **MANNERS[manner])[1:] for place in ("cpu", device))
+        assert there[1] == here[1] and there[0].metrics() == here[0].metrics(), name
+        assert any(any(mask) for mask in there[1][-1].values()), name  # the first period is over
+
+
+@pytest.mark.parametrize("name", ANSWERING)
+def test_answers_are_those_of_the_cpu(name, device):
+    tokenizer = byte_bpe(trim_offsets=False) if "oberta" in name else wordpiece()
+    model = tiny_model(name, vocab_size=len(tokenizer), max_position_embeddings=64, num_hidden_layers=2)
+    [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1].weight.data *= 10
+    made = make_questions(3, seed=5)
+    asked = [question["question"] for _, question in made], [context for context, _ in made]
+    options = {"max_length": 40, "stride": 12, "max_answer_length": 6}
+    expected = QuestionAnswerer(model, tokenizer, **options).answer(*asked, no_answer=True)
+    found = QuestionAnswerer(copy.deepcopy(model).to(device), tokenizer, **options).answer(*asked, no_answer=True)
+    for (one,), (other,) in zip(found, expected, strict=True):
+        assert (one.start, one.end) == (other.start, other.end) and one.score == pytest.approx(other.score, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", READING)
+def test_latencies_are_measured_where_the_model_is(name, device):
+    table = measure_latency(tiny_model(name).to(device), length=8, repeats=1, warmup=1)
+    assert table.device == device_name(device) and table.total > table.num_layers * table.neurons[-1][1] > 0
+    assert device.type == "cpu" or table.method != "clock" or not hasattr(torch.get_device_module(device), "Event")
+    assert LatencyTable.from_dict(table.to_dict()) == table

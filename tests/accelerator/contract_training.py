@@ -1,0 +1,95 @@
+"""What holds of a training with OTOTrainer on any device, in the precision that `HF_OTO_TEST_PRECISION` names.
+
+Every family trains, shrinks, learns from a teacher, saves, resumes, loads and gets its card.
+"""
+
+import copy
+import json
+import os
+
+import pytest
+import torch
+from contract_models import assert_same_outputs
+from families import ONE_EACH, OTHERS, counts, squares, tiny_model, training_batch
+from transformers import TrainingArguments
+
+from hf_oto import OTOConfig, OTOTrainer
+
+PRECISION = os.environ.get("HF_OTO_TEST_PRECISION", "float32")
+COMPILED = os.environ.get("HF_OTO_TEST_COMPILE") == "1"
+STEPS = 24 if PRECISION == "float16" else 9  # a scaler leaves out the first steps, until it has found its scale
+CONFIG = OTOConfig(min_neurons=4, round_to=4, pruning_periods=2, keep_dropout=False)
+TRAINED = ONE_EACH + OTHERS
+NO_LOGITS = "BertGenerationEncoder"  # which a teacher could teach
+
+
+def make(folder, name, device, teacher=None, saves_at=STEPS // 2, **settings):
+    model = tiny_model(name)
+    rows = training_batch(model, size=16)
+    half = {"bfloat16": {"bf16": True}, "float16": {"fp16": True}}.get(PRECISION, {})
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        learning_rate=1e-3,
+        logging_steps=3,
+        save_steps=saves_at,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        torch_compile=COMPILED,
+        **half,
+    )
+    trainer = OTOTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=[{key: value[row] for key, value in rows.items()} for row in range(16)],
+        compute_loss_func=None if {"labels", "start_positions"} & rows.keys() else squares,
+        oto_config=OTOConfig(**{**CONFIG.to_dict(), **settings}),
+        teacher=teacher,
+    )
+    assert trainer.args.device.type == device.type
+    return trainer
+
+
+def assert_same_weights(model, other, device):
+    """To the bit where nothing is added up in another order from one run to the next, as on a GPU."""
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        if device.type == "cuda":
+            torch.testing.assert_close(one, two, rtol=0, atol=1e-2 * float(two.abs().max()))
+        else:
+            assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("shrinks", [False, True], ids=["full", "shrunk"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_run_saves_what_it_trained_and_resumes(name, shrinks, device, tmp_path):
+    teacher = tiny_model(name, seed=5) if shrinks and name != NO_LOGITS else None
+    trainer = make(tmp_path / "run", name, device, copy.deepcopy(teacher), shrink_during_training=shrinks)
+    trainer.train()
+    model, hspg = trainer.model, trainer.hspg
+    assert {parameter.device for parameter in model.parameters()} == {device} and hspg.target_reached
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    assert (trainer.teacher is None) == (teacher is None)
+
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["model_type"].startswith("oto_")
+    small = trainer.compressed_model().eval()
+    # Under half precision accelerate computes in it for good, and what is cut out is float32 again.
+    assert_same_outputs(small, model.eval(), tolerance=1e-4 if PRECISION == "float32" else 0.05)
+    loaded = type(small).from_pretrained(tmp_path / "run")
+    assert_same_outputs(loaded, small)
+    assert counts(loaded) == counts(small)
+
+    trainer.create_model_card()
+    assert "from_pretrained" in (tmp_path / "run" / "README.md").read_text()
+    assert {path.name for path in (tmp_path / "run").glob("*.png")} == {"layers.png", "run.png"}
+
+    if PRECISION == "float16":  # where a scaler begins anew, it leaves out other steps
+        return
+    checkpoint = tmp_path / "run" / f"checkpoint-{STEPS // 2}"
+    again = make(tmp_path / "again", name, device, teacher, shrink_during_training=shrinks, saves_at=10**6)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert counts(again.model) == counts(model)
+    assert_same_weights(again.model, model, device)

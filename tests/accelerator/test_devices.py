@@ -1,0 +1,45 @@
+"""The contracts on every accelerator that is there: the stand-in always, a GPU where there is one.
+
+Each runs in a process of its own, as a device that torch knows is known to all tests of its process.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CONTRACTS = sorted(Path(__file__).parent.glob("contract_*.py"))
+ASK = "import torch; print(torch.cuda.device_count())"
+
+
+def accelerators():
+    """Asked in another process: this one and those that other tests start see no GPU."""
+    found = []
+    if hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):  # torch 2.10
+        found.append("standin")
+    if torch.version.cuda or torch.version.hip:
+        asked = {**os.environ, "CUDA_VISIBLE_DEVICES": os.environ["HF_OTO_TEST_GPUS"]}
+        if asked["CUDA_VISIBLE_DEVICES"] == "all":
+            del asked["CUDA_VISIBLE_DEVICES"]
+        done = subprocess.run([sys.executable, "-c", ASK], env=asked, capture_output=True, text=True)
+        found += ["cuda"] * (done.returncode == 0 and int(done.stdout) > 0)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("contract", CONTRACTS, ids=lambda path: path.stem.removeprefix("contract_"))
+@pytest.mark.parametrize("device", accelerators())
+def test_contracts_hold(device, contract):
+    command = [sys.executable, "-m", "pytest", str(contract), "-q", "--tb=short", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "HF_OTO_TEST_DEVICE": device}  # from which the conftest makes the rest
+    done = subprocess.run([*command, "-p", "no:xdist"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout[-20_000:]}\n{done.stderr[-2000:]}"
+
+
+def test_other_tests_see_no_accelerator():
+    assert not torch.cuda.is_available() and not hasattr(torch, "standin")
+    done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"
