@@ -22,7 +22,10 @@ ROOMS = {
         *("pooling", "model_files", "threads", "timing"),
     ],
     "report": ["card", "summary", "pictures", "tables"],
-    "hspg": ["optimizer", "budget", "saliency", "schedule", "parts"],
+    "hspg": [
+        *("optimizer", "acted_weights", "half_space", "progress", "shrinking", "selection", "budget", "saved_state"),
+        *("base_optimizers", "saliency", "schedule", "stacked_weights", "group_weights", "sharding", "devices"),
+    ],
     "models": [
         *(
             "surgery",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -125,10 +126,13 @@ def reach(partition: Partition, config: OTOConfig) -> Reach:
 
 def removed_cost(partition: Partition, config: OTOConfig, kept: Sequence[int]) -> int:
     """Cost, in the target's unit, that is gone of the dense model when every array keeps so many groups."""
-    costs = {kind: removal_costs(partition, kind, config) for kind in ("heads", "neurons")}
+    saved = {
+        kind: list(accumulate(removal_costs(partition, kind, config).tolist(), initial=0))
+        for kind in ("heads", "neurons")
+    }
     counted = ("heads", "neurons") if config.target_unit == "latency" else config.structures
     return sum(
-        int(costs[array.kind][: partition.dense_count(array.kind) - count].sum())
+        saved[array.kind][partition.dense_count(array.kind) - count]
         for array, count in zip(partition.arrays, kept, strict=True)
         if array.kind in counted
     )

@@ -5,10 +5,17 @@ Shapes: `H` hidden size, `G` groups, `D` columns that one group owns.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor
 
-_CACHED = 2**17  # numbers in float32: half a second-level cache of 1 MiB
+from ..models.groups import GroupArray
+from . import devices
+from .group_weights import Places
+from .sharding import local, sum_over_shards
 
 
 def mask_derivatives(columns_HC: Tensor, gradient_HC: Tensor, width: int) -> Tensor:
@@ -20,12 +27,54 @@ def mask_derivatives(columns_HC: Tensor, gradient_HC: Tensor, width: int) -> Ten
 
     Shapes: [H, G·D], [H, G·D], D -> float32 [G].
     """
-    # On the CPU weights and gradients are read once, and the sums over rows stay in the cache.
-    rows = max(1, _CACHED // columns_HC.shape[1]) if columns_HC.is_cpu else columns_HC.shape[0]
+    # Weights and gradients are read once, and where there is a cache, the sums over rows stay in it.
+    rows = max(1, devices.entries(columns_HC) // columns_HC.shape[1])
     sums_RC = torch.zeros(min(rows, columns_HC.shape[0]), columns_HC.shape[1], device=columns_HC.device)
     for columns_RC, gradient_RC in zip(columns_HC.split(rows), gradient_HC.split(rows), strict=True):
         sums_RC[: columns_RC.shape[0]].addcmul_(columns_RC, gradient_RC)
     return sums_RC.sum(dim=0).unflatten(0, (-1, width)).sum(dim=1)
+
+
+def gathered_derivatives(arrays: Sequence[GroupArray], places: Places) -> Tensor:
+    """[`mask_derivatives`] of every group, from the gradients that the parameters have now: float32 `[G]`."""
+    parameters = [places[array.columns][0] for array in arrays]
+    columns = [local(parameter) for parameter in parameters]
+    gradients = [None if parameter.grad is None else local(parameter.grad) for parameter in parameters]
+    if devices.gathers(columns[0]):
+        found = [_derivatives(*given) for given in zip(arrays, columns, gradients, strict=True)]
+    else:
+        found = _multi_tensor_derivatives(arrays, columns, gradients)
+    gathered_G = torch.cat(found)
+    sum_over_shards(gathered_G, parameters)
+    return gathered_G
+
+
+def _derivatives(array: GroupArray, columns: Tensor, gradient: Tensor | None) -> Tensor:
+    if gradient is None:
+        return torch.zeros(array.count, device=columns.device)
+    return mask_derivatives(columns, gradient, array.width)
+
+
+def _multi_tensor_derivatives(
+    arrays: Sequence[GroupArray], columns: Sequence[Tensor], gradients: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Matrices of one shape together, up to as many entries as are held at once."""
+    alike = defaultdict(list)
+    for index, (array, own, gradient) in enumerate(zip(arrays, columns, gradients, strict=True)):
+        alike[own.shape, array.width, None if gradient is None else gradient.dtype].append(index)
+    found: dict[int, Tensor] = {}
+    for (shape, width, dtype), indices in alike.items():
+        together = len(indices) if dtype is None else max(1, devices.entries(columns[0]) // max(1, shape.numel()))
+        for first in range(0, len(indices), together):
+            some = indices[first : first + together]
+            if dtype is None:
+                products = columns[0].new_zeros(len(some), 1, shape[1], dtype=torch.float32)
+            else:
+                products = torch.stack([cast(Tensor, gradients[index]) for index in some]).float()
+                torch._foreach_mul_(list(products.unbind()), [columns[index] for index in some])
+            sums = products.unflatten(2, (-1, width)).sum(dim=(1, 3))
+            found.update(zip(some, sums.unbind(), strict=True))
+    return [found[index] for index in range(len(arrays))]
 
 
 def saliency_of(derivatives_G: Tensor, kind: str) -> Tensor:
@@ -47,3 +96,31 @@ def update_saliency(saliency_G: Tensor, observed_G: Tensor, decay: float) -> Non
     Shapes: [G], [G].
     """
     saliency_G.lerp_(observed_G, 1 - decay)
+
+
+class Observations:
+    """What the micro-steps of one optimizer step say of the groups' saliency; false without any."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._observed: list[Tensor] = []
+        self._gathered_G: Tensor | None = None  # derivatives of the gradients added up so far
+
+    def __bool__(self) -> bool:
+        return bool(self._observed)
+
+    def add(self, gathered_G: Tensor, *, accumulated: bool) -> None:
+        """Add a micro-step: whose gradients were added to those of the last one, or with which a step begins."""
+        if not accumulated:
+            self.clear()
+        own_G = gathered_G if self._gathered_G is None else gathered_G - self._gathered_G
+        self._observed.append(saliency_of(own_G, self.kind))
+        self._gathered_G = gathered_G
+
+    def mean(self) -> Tensor:
+        """Mean over the micro-steps."""
+        return sum(self._observed[1:], start=self._observed[0]) / len(self._observed)

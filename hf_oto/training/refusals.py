@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from ..config import OTOConfig
 from ..hspg import budget
-from ..hspg.parts import check_sharding
+from ..hspg.sharding import check_sharding
 from ..models.groups import partition
 from ..models.sharding import is_sharded
 

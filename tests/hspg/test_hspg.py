@@ -1,6 +1,7 @@
 """HSPG: the published steps against a plain loop, and what has to hold at every step of a run with a target."""
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -15,6 +16,7 @@ from families import (
     question_batch,
     removed_and_next,
     tiny_model,
+    training_batch,
     zero,
 )
 from hypothesis import HealthCheck, given, settings
@@ -22,16 +24,34 @@ from hypothesis import strategies as st
 from torch.func import functional_call
 
 from hf_oto.config import OTOConfig
-from hf_oto.hspg import budget
-from hf_oto.hspg import optimizer as hspg
-from hf_oto.hspg.optimizer import HSPG, KEPT, REDUNDANT, ZERO, outside_half_space, penalized
-from hf_oto.hspg.parts import Part
-from hf_oto.hspg.saliency import mask_derivatives, saliency_of, update_saliency
+from hf_oto.hspg import acted_weights, budget, devices
+from hf_oto.hspg.group_weights import GroupWeights
+from hf_oto.hspg.half_space import outside_half_space, penalized
+from hf_oto.hspg.optimizer import HSPG
+from hf_oto.hspg.saliency import gathered_derivatives, mask_derivatives, saliency_of, update_saliency
+from hf_oto.hspg.saved_state import KEPT, REDUNDANT, ZERO
 from hf_oto.models.groups import partition, zero_groups
 from hf_oto.models.surgery import compress
 
 SMALL = {"min_neurons": 4, "round_to": 4}
 STEPS = 40  # warm-up 6, pruning 18, recovery 16
+
+
+@pytest.fixture(params=["as on a CPU", "as on an accelerator"])
+def way(request, monkeypatch):
+    """How weights are acted on: in pieces that a cache holds, or many parameters at once."""
+    if request.param != "as on a CPU":
+        monkeypatch.setattr(devices, "gathers", lambda tensor: False)
+    return request.param
+
+
+# Every family by one of them, and by the other where matrices are laid out in another way: fused, or shared heads.
+ACCELERATED = [ONE_EACH[0], "ModernBertForQuestionAnswering", "Qwen3ForQuestionAnswering"]
+NAMES_AND_WAYS = pytest.mark.parametrize(
+    ("name", "way"),
+    [*((name, "as on a CPU") for name in ONE_EACH), *((name, "as on an accelerator") for name in ACCELERATED)],
+    indirect=["way"],
+)
 
 
 def model_and_optimizer(name, config, steps=STEPS, base=torch.optim.AdamW, **options):
@@ -96,9 +116,9 @@ def reference_step(model, rate, lmbda, epsilon, half_space):
     return projected
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@NAMES_AND_WAYS
 @pytest.mark.parametrize("epsilon", [0.0, 0.9])
-def test_published_steps_are_those_of_the_plain_loop(name, epsilon):
+def test_published_steps_are_those_of_the_plain_loop(name, epsilon, way):
     config = OTOConfig(target_sparsity=None, lmbda=3.0, epsilon=epsilon, warmup_ratio=0.25)
     model, optimizer = model_and_optimizer(name, config, steps=32, base=torch.optim.SGD, lr=0.03)
     reference = tiny_model(name)
@@ -124,7 +144,7 @@ def test_published_steps_are_those_of_the_plain_loop(name, epsilon):
     assert not optimizer.target_reached
 
 
-def test_published_zeros_stay_zero_under_momentum_and_weight_decay():
+def test_published_zeros_stay_zero_under_momentum_and_weight_decay(way):
     config = OTOConfig(target_sparsity=None, lmbda=3.0, epsilon=0.9, warmup_ratio=0.1)
     model, optimizer = model_and_optimizer(
         "BertForQuestionAnswering", config, base=torch.optim.SGD, lr=0.03, momentum=0.9, weight_decay=0.1
@@ -181,6 +201,24 @@ def test_mask_derivatives_of_a_large_matrix():
     torch.testing.assert_close(mask_derivatives(columns, gradient, 64).double(), expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mask_derivatives_of_many_matrices_at_once(dtype, monkeypatch):
+    """Also of matrices without a gradient, which have no derivative."""
+    model = tiny_model("BertForQuestionAnswering").to(dtype)
+    backward(model, 1)
+    parameters = dict(model.named_parameters())
+    arrays = partition(model).arrays
+    parameters[arrays[2].columns].grad = None
+    places = {name: (parameter, {}) for name, parameter in parameters.items()}
+    one_by_one = gathered_derivatives(arrays, places)
+    monkeypatch.setattr(devices, "gathers", lambda tensor: False)
+    for entries in (2**23, 2000, 1):  # a matrix has 1,024 or 768
+        monkeypatch.setattr(devices, "AT_ONCE", entries)
+        together = gathered_derivatives(arrays, places)
+        torch.testing.assert_close(together, one_by_one, rtol=1e-4, atol=1e-6 * float(one_by_one.abs().max()))
+    assert together.split([array.count for array in arrays])[2].tolist() == [0.0] * 4
+
+
 def test_saliency_is_a_running_mean():
     derivatives = torch.tensor([2.0, -3.0])
     assert saliency_of(derivatives, "fisher").tolist() == [4.0, 9.0]
@@ -191,7 +229,7 @@ def test_saliency_is_a_running_mean():
 
 
 @pytest.mark.parametrize("kind", ["fisher", "taylor"])
-def test_micro_steps_are_seen_one_by_one(kind):
+def test_micro_steps_are_seen_one_by_one(kind, way):
     """Gradients add up over micro-steps, saliency averages what each of them says, whatever the loss scale."""
     config = OTOConfig(saliency=kind, saliency_decay=0.5, saliency_interval=1, **SMALL)
     model, optimizer = model_and_optimizer("BertForQuestionAnswering", config)
@@ -220,7 +258,7 @@ def test_micro_steps_are_seen_one_by_one(kind):
     assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
 
 
-def test_without_a_call_the_step_observes():
+def test_without_a_call_the_step_observes(way):
     config = OTOConfig(saliency_decay=0.5, saliency_interval=1, **SMALL)
     runs = [model_and_optimizer("BertForQuestionAnswering", config) for _ in range(2)]
     for (model, optimizer), called in zip(runs, (True, False), strict=True):
@@ -234,7 +272,7 @@ def test_without_a_call_the_step_observes():
     assert torch.equal(first, second) and bool((first > 0).all())
 
 
-def test_between_two_observations_the_saliency_rests():
+def test_between_two_observations_the_saliency_rests(way):
     """It moves at every selection, and every so many steps before it; after the last one nothing is looked at."""
     config = OTOConfig(saliency_interval=4, pruning_periods=2, **SMALL)
     model, optimizer = model_and_optimizer("BertForQuestionAnswering", config)
@@ -257,7 +295,7 @@ def test_between_two_observations_the_saliency_rests():
     assert moved == [2, 6, 7, 11, 15]
 
 
-def test_magnitude_ranks_by_squared_norm_per_cost():
+def test_magnitude_ranks_by_squared_norm_per_cost(way):
     config = OTOConfig(saliency="magnitude", target_sparsity=0.3, pruning_periods=1, min_neurons=0, round_to=1)
     model, optimizer = model_and_optimizer("BertForQuestionAnswering", config, lr=0.0, weight_decay=0.0)
     arrays = optimizer.partition.arrays
@@ -307,8 +345,8 @@ def test_random_groups_go_as_often_by_cost_and_by_the_seed():
 # With a target: what holds at every step.
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
-def test_only_redundant_groups_leave_the_base_optimizers_path(name):
+@NAMES_AND_WAYS
+def test_only_redundant_groups_leave_the_base_optimizers_path(name, way):
     """At every step of every stage: the base optimizer's step to the bit, outside redundant groups and zeros."""
     model, optimizer = model_and_optimizer(name, OTOConfig(**SMALL), weight_decay=0.1)
     twin = tiny_model(name)
@@ -338,9 +376,9 @@ def test_only_redundant_groups_leave_the_base_optimizers_path(name):
     assert stages == {"warmup", "pruning", "recovery"} and moved > 1000
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@NAMES_AND_WAYS
 @pytest.mark.parametrize("base", ["adamw", "sgd", "accumulation"])
-def test_zeros_come_at_the_periods_end_and_stay(name, base):
+def test_zeros_come_at_the_periods_end_and_stay(name, base, way):
     """With their optimizer state, under weight decay, momentum and gradient accumulation."""
     options = {"weight_decay": 0.1} if base != "sgd" else {"weight_decay": 0.1, "momentum": 0.9, "lr": 1e-2}
     kind = torch.optim.SGD if base == "sgd" else torch.optim.AdamW
@@ -385,13 +423,13 @@ def test_what_is_acted_on_in_pieces_is_what_is_acted_on_at_once(published, monke
     options = {"target_sparsity": None, "lmbda": 60.0, "warmup_ratio": 0.2} if published else SMALL
     runs = []
     for entries in (2**40, 40):  # a position of a matrix has 32 or 24
-        monkeypatch.setattr(hspg, "_PIECE_ON_CPU", entries)
+        monkeypatch.setattr(devices, "CACHED", entries)
         base = {"base": torch.optim.SGD} if published else {}  # AdamW makes much of the least rounding
         model, optimizer = model_and_optimizer(ONE_EACH[0], OTOConfig(**options), **base)
         pieces, states = [], []
 
         def after(step, own=optimizer, pieces=pieces, states=states):
-            pieces.append(len(own._acting_parts()))
+            pieces.append(len(own._acting._weights) if own._acting else 0)
             states.append(own.param_groups[0]["hspg_status"].clone())
 
         train(model, optimizer, STEPS, after=after)
@@ -403,13 +441,37 @@ def test_what_is_acted_on_in_pieces_is_what_is_acted_on_at_once(published, monke
         assert torch.allclose(in_pieces[key], expected, rtol=0, atol=1e-5 if published else 0)
 
 
+@pytest.mark.parametrize("published", [False, True])
+def test_many_parameters_at_once_or_few_come_to_the_same(published, monkeypatch):
+    """As on an accelerator, in pieces that hold all that is acted on of one shape, or no more than a matrix."""
+    options = {"target_sparsity": None, "lmbda": 3.0, "epsilon": 0.5} if published else SMALL
+    base = {"base": torch.optim.SGD, "lr": 0.03} if published else {}
+    monkeypatch.setattr(devices, "gathers", lambda tensor: False)
+    runs = []
+    for entries in (2**23, 1):
+        monkeypatch.setattr(devices, "AT_ONCE", entries)
+        model, optimizer = model_and_optimizer("ModernBertForTokenClassification", OTOConfig(**options), **base)
+        pieces = []
+        for step in range(STEPS):
+            model(**training_batch(model, step)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            pieces.append(len(optimizer._acting._weights) if optimizer._acting else 0)
+        runs.append((max(pieces), weights(model), zeroed(model)))
+    (few, whole, zeros), (many, split, others) = runs
+    assert many > 3 * few > 0 and sum(int(mask.sum()) for mask in zeros.values()) > 8
+    assert all(torch.equal(mask, others[key]) for key, mask in zeros.items())
+    for key, expected in whole.items():
+        assert torch.allclose(split[key], expected, rtol=0, atol=1e-5 if published else 0), key
+
+
 def test_a_part_is_split_into_pieces_of_so_many_entries():
-    part = Part(torch.zeros(10, 6), {}, 0, torch.tensor([0, 2, 3, 7, 9]), torch.arange(5))
+    part = GroupWeights(torch.zeros(10, 6), {}, 0, torch.tensor([0, 2, 3, 7, 9]), torch.arange(5))
     pieces = part.split(12)
     assert [piece.positions_P.tolist() for piece in pieces] == [[0, 2], [3, 7], [9]]
     assert [piece.owners_P.tolist() for piece in pieces] == [[0, 1], [2, 3], [4]]
     assert [len(piece.positions_P) for piece in part.split(1)] == [1] * 5
-    columns = Part(torch.arange(60).view(6, 10), {}, 1, torch.tensor([0, 2, 3, 7, 9]), torch.arange(5))
+    columns = GroupWeights(torch.arange(60).view(6, 10), {}, 1, torch.tensor([0, 2, 3, 7, 9]), torch.arange(5))
     assert [piece.read().tolist() for piece in columns.split(12)] == [
         [[0, 2, 3, 7, 9], [10, 12, 13, 17, 19]],
         [[20, 22, 23, 27, 29], [30, 32, 33, 37, 39]],
@@ -417,7 +479,7 @@ def test_a_part_is_split_into_pieces_of_so_many_entries():
     ]
     assert [len(piece.read()) for piece in columns.split(1)] == [1] * 6
     nothing = torch.zeros(0, dtype=torch.int64)  # of a shard without rows
-    assert len(Part(torch.zeros(0, 10), {}, 0, nothing, nothing).split(12)) == 1
+    assert len(GroupWeights(torch.zeros(0, 10), {}, 0, nothing, nothing).split(12)) == 1
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
@@ -472,9 +534,9 @@ def test_a_real_run_meets_its_target(name, target, unit, structures, floors, rou
     assert removed <= target * total and target * total - removed < cheapest + 1
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@NAMES_AND_WAYS
 @pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor])
-def test_with_target_zero_it_is_the_base_optimizer(name, base):
+def test_with_target_zero_it_is_the_base_optimizer(name, base, way):
     model, optimizer = model_and_optimizer(name, OTOConfig(target_sparsity=0.0, lmbda=0.0), base=base, lr=1e-2)
     twin = tiny_model(name)
     plain = base(twin.named_parameters(), lr=1e-2)
@@ -484,7 +546,7 @@ def test_with_target_zero_it_is_the_base_optimizer(name, base):
     assert optimizer.target_reached and optimizer.metrics()["group_sparsity"] == 0
 
 
-def test_a_redundant_group_shrinks_to_zero_in_a_line():
+def test_a_redundant_group_shrinks_to_zero_in_a_line(way):
     """With nothing else to move it, ‖x_g‖ after j of r steps is (1 − j/r)‖x_g‖."""
     config = OTOConfig(pruning_periods=2, **SMALL)
     model, optimizer = model_and_optimizer("BertForQuestionAnswering", config, lr=0.0)
@@ -501,7 +563,7 @@ def test_a_redundant_group_shrinks_to_zero_in_a_line():
 
 
 @pytest.mark.parametrize("how", ["in place", "other memory"])
-def test_weights_that_somebody_else_writes_are_read_again(how):
+def test_weights_that_somebody_else_writes_are_read_again(how, way):
     """Between two steps of a period every weight doubles: ‖x_g‖ goes on from there in a line."""
     config = OTOConfig(pruning_periods=2, **SMALL)
     model, optimizer = model_and_optimizer("BertForQuestionAnswering", config, lr=0.0)
@@ -524,12 +586,12 @@ def test_weights_that_somebody_else_writes_are_read_again(how):
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.8])
-def test_what_the_last_step_left_is_what_would_be_read(epsilon, monkeypatch):
+def test_what_the_last_step_left_is_what_would_be_read(epsilon, monkeypatch, way):
     """Also where groups left their half-space: at step 9 all weights change sign, six steps before the period ends."""
-    runs = []
+    runs, number = [], itertools.count()
     for read_anew in (False, True):
         if read_anew:
-            monkeypatch.setattr(hspg, "marks_of", lambda parts: object())
+            monkeypatch.setattr(acted_weights.ActedWeights, "_mark", lambda acted: [(id(object()), next(number))])
         config = OTOConfig(pruning_periods=2, epsilon=epsilon, **SMALL)
         model, optimizer = model_and_optimizer("BertForQuestionAnswering", config, base=torch.optim.SGD, lr=2.0)
         counts = []
@@ -550,11 +612,11 @@ def test_columns_of_a_large_matrix_are_written_in_their_places():
     matrix = torch.randn(300, 400)
     expected, positions_P = matrix.clone(), torch.randperm(400)[:250]
     expected[:, positions_P] = values = torch.randn(300, 250)
-    Part(matrix, {}, 1, positions_P, torch.arange(250)).write(values)
+    GroupWeights(matrix, {}, 1, positions_P, torch.arange(250)).write(values)
     assert torch.equal(matrix, expected)
 
 
-def test_a_group_outside_its_half_space_goes_at_once():
+def test_a_group_outside_its_half_space_goes_at_once(way):
     """ε close to 1: any shrinking leaves the half-space, so the first step of the period is the last of the group."""
     config = OTOConfig(pruning_periods=2, epsilon=0.95, **SMALL)
     model, optimizer = model_and_optimizer("BertForQuestionAnswering", config, lr=1e-4)
@@ -566,15 +628,17 @@ def test_a_group_outside_its_half_space_goes_at_once():
     assert all(torch.equal(zeroed(model)[key], mask) for key, mask in redundant.items())
 
 
-def test_groups_that_are_zero_from_the_start_count_and_stay():
+def test_groups_that_are_zero_from_the_start_count_and_stay(way):
     model = tiny_model("BertForQuestionAnswering")
     arrays = partition(model).arrays
     zero(model, arrays[0], [2])
-    zero(model, arrays[1], [5, 6], ((arrays[1].columns, 1),))  # only its columns: it could come back
+    zero(model, arrays[1], [5, 6])
+    zero(model, arrays[3], [7], ((arrays[3].columns, 1),))  # only its columns: it trains, and is not dead
     optimizer = HSPG(torch.optim.AdamW(model.named_parameters(), lr=3e-3), partition(model), OTOConfig(**SMALL), STEPS)
     train(model, optimizer, 1)
     assert optimizer.zero_masks()[0, "heads"].tolist() == [False, False, True, False]
     assert optimizer.zero_masks()[0, "neurons"].nonzero().flatten().tolist() == [5, 6]
+    assert not optimizer.zero_masks()[1, "neurons"].any() and not zeroed(model)[1, "neurons"].any()
     assert not any(part.any() for group in (5, 6) for part in owned(model, arrays[1], group))
     assert optimizer.metrics()["heads"] == 11
     train(model, optimizer, STEPS - 1, first=1)
@@ -585,9 +649,9 @@ def test_groups_that_are_zero_from_the_start_count_and_stay():
 # Resuming.
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@NAMES_AND_WAYS
 @pytest.mark.parametrize("published", [False, True])
-def test_resuming_is_exact_at_every_step(name, published, tmp_path):
+def test_resuming_is_exact_at_every_step(name, published, tmp_path, way):
     config = OTOConfig(target_sparsity=None, lmbda=3.0, epsilon=0.5) if published else OTOConfig(**SMALL)
     options = {"base": torch.optim.SGD, "lr": 0.03, "momentum": 0.9} if published else {}
     model, optimizer = model_and_optimizer(name, config, **options)
@@ -689,7 +753,7 @@ def test_a_closure_is_run_with_gradients():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
-def test_half_precision_weights():
+def test_half_precision_weights(way):
     model = tiny_model("BertForQuestionAnswering").bfloat16()
     optimizer = HSPG(torch.optim.AdamW(model.named_parameters(), lr=3e-3), partition(model), OTOConfig(**SMALL), STEPS)
     train(model, optimizer, STEPS)
@@ -698,7 +762,7 @@ def test_half_precision_weights():
     assert compress(model).dtype == torch.bfloat16
 
 
-def test_gradients_are_read_only():
+def test_gradients_are_read_only(way):
     model, optimizer = model_and_optimizer("BertForQuestionAnswering", OTOConfig(**SMALL))
     train(model, optimizer, 10)
     backward(model, 10)

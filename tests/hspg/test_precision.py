@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from hf_oto import HSPG, OTOConfig, OTOTrainer, partition
-from hf_oto.hspg.parts import parts_of
+from hf_oto.hspg.group_weights import group_weights
 from hf_oto.models.groups import zero_groups
 
 CONFIG = OTOConfig(min_neurons=4, round_to=4, pruning_periods=4)
@@ -264,9 +264,9 @@ def test_8_bit_states_of_what_stays_are_left_as_they_are():
         base.zero_grad()
     places = {name: (parameter, base.param_groups[0]) for name, parameter in model.named_parameters()}
     arrays = [array for array in partition(model).arrays if array.kind == "neurons"]
-    parts = parts_of(arrays, [torch.arange(0, array.count, 3) for array in arrays], places)
+    parts = group_weights(arrays, [torch.arange(0, array.count, 3) for array in arrays], places)
     eight_bit = 0
-    for _, part in parts:
+    for part in parts:
         state = base.state[part.parameter]
         before = {name: zero_values(base, part.parameter, name).clone() for name in ("state1", "state2")}
         part.clear(base.state)

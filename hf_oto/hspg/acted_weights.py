@@ -1,0 +1,150 @@
+"""The weights that the half-space step acts on, from one step to the next.
+
+Shapes: `A` the groups acted on, `G` all groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ..models.groups import GroupArray
+from . import devices
+from .group_weights import GroupWeights, Places, group_weights, zero_of
+from .half_space import Weights, half_space_step, read
+from .sharding import local, sum_over_shards
+from .stacked_weights import clear_stacked, stacked_weights
+
+
+class ActedWeights:
+    """
+    All that a set of groups owns, and what it held when the last step left it, so that it need not be read again.
+
+    Args:
+        arrays (`Sequence[GroupArray]`): The arrays.
+        groups (`Sequence[Tensor]`): Which groups of each array, int64, on the CPU; one at least.
+        places (`Mapping[str, tuple[Tensor, dict]]`): Parameter and its parameter group, by name.
+        keeps (`bool`): Whether it may remember, which costs the memory of these weights between steps.
+    """
+
+    def __init__(self, arrays: Sequence[GroupArray], groups: Sequence[Tensor], places: Places, *, keeps: bool) -> None:
+        self._chosen = arrays, groups, places
+        owned = [
+            owned.name
+            for array, groups_g in zip(arrays, groups, strict=True)
+            if groups_g.numel()
+            for owned in array.owned
+        ]
+        self._parameters = [places[name][0] for name in owned]
+        whole = not any(isinstance(parameter, DTensor) for parameter in self._parameters)
+        self._foreach = whole and not devices.gathers(self._parameters[0])
+        self._keeps = keeps and whole
+        self._weights: Weights
+        self._find()
+        self._values: list[Tensor] = []
+        self._sq_norm_A = torch.zeros(0)
+        self._marks: list[tuple[int, int]] = []
+
+    def _find(self) -> None:
+        arrays, groups, places = self._chosen
+        entries = devices.entries(local(self._parameters[0]))
+        firsts = list(accumulate((array.count for array in arrays), initial=0))
+        order: Sequence[int] = range(len(arrays))
+        if self._foreach:
+            self._weights, order = stacked_weights(arrays, groups, places, entries)
+        else:
+            self._weights = [part for each in group_weights(arrays, groups, places) for part in each.split(entries)]
+        self.groups_A = torch.cat([groups[index] + firsts[index] for index in order]).to(self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return local(self._parameters[0]).device
+
+    def look(self) -> None:
+        """
+        Read x_k, before the base optimizer's step: unless it is what the last step left, and nobody has written to it
+        since, which torch counts. It does not count what is written in place through `.data`.
+        """
+        marks = self._mark() if self._keeps else []
+        if self._values and marks == self._marks:
+            return
+        if self._foreach and [pointer for pointer, _ in marks] != [pointer for pointer, _ in self._marks]:
+            self._find()
+        self._values, self._sq_norm_A = read(self._weights, torch.zeros(len(self.groups_A), device=self._device))
+        self._sum_up(self._sq_norm_A)
+
+    def step(self, *, epsilon: float | None, steps_left: int | None, lmbda: float) -> Tensor:
+        """[`half_space_step`] after the base optimizer's. Gives which of `groups_A` are zero now: bool `[A]`."""
+        zero_A, self._values, self._sq_norm_A = half_space_step(
+            self._weights,
+            self._values,
+            self._sq_norm_A,
+            epsilon=epsilon,
+            steps_left=steps_left,
+            lmbda=lmbda,
+            keep=self._keeps,
+            reduce=self._sum_up,
+        )
+        if self._keeps:
+            self._marks = self._mark()
+        return zero_A
+
+    def _sum_up(self, sums_A: Tensor) -> None:
+        sum_over_shards(sums_A, self._parameters)
+
+    def _mark(self) -> list[tuple[int, int]]:
+        """Where the parameters lie, and how often they were written to."""
+        return [(parameter.data_ptr(), parameter._version) for parameter in self._parameters]
+
+
+class ZeroWeights:
+    """
+    All that groups own which are zero for good, with what the optimizer keeps for it.
+
+    Args:
+        arrays (`Sequence[GroupArray]`): The arrays.
+        groups (`Sequence[Tensor]`): Which groups of each array, int64, on the CPU.
+        places (`Mapping[str, tuple[Tensor, dict]]`): Parameter and its parameter group, by name.
+    """
+
+    def __init__(self, arrays: Sequence[GroupArray], groups: Sequence[Tensor], places: Places) -> None:
+        self._chosen = arrays, groups, places
+        self._weights: list[GroupWeights] | None = None
+
+    def clear(self, state: Mapping[Any, Mapping[str, Any]]) -> None:
+        """Set them to zero, once more."""
+        arrays, groups, places = self._chosen
+        if (tensors := _alike(arrays, places, state)) is not None:
+            clear_stacked(arrays, groups, tensors)
+            return
+        if self._weights is None:
+            self._weights = group_weights(arrays, groups, places)
+        for part in self._weights:
+            part.clear(state)
+
+
+def _alike(
+    arrays: Sequence[GroupArray], places: Places, state: Mapping[Any, Mapping[str, Any]]
+) -> list[Mapping[str, Tensor]] | None:
+    """
+    The weights, and whatever else is kept for each of them, by name: whole and laid out as they are, with a zero that
+    is 0. `None` where that is not so, and on a CPU.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for name in (owned.name for array in arrays for owned in array.owned):
+        parameter, _ = places[name]
+        if isinstance(parameter, DTensor) or devices.gathers(parameter):
+            return None
+        kept = state.get(parameter, {})
+        found.setdefault("", {})[name] = parameter.detach()
+        for key, tensor in kept.items():
+            if isinstance(tensor, Tensor) and tensor.shape[-parameter.dim() :] == parameter.shape:
+                if tensor.dim() != parameter.dim() or not isinstance(zero_of(kept, key), int):
+                    return None
+                found.setdefault(key, {})[name] = tensor.detach()
+    return list(found.values())

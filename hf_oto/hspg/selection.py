@@ -1,0 +1,110 @@
+"""Which groups a pruning period takes, from their saliency and what is left of the target.
+
+Shapes: `G` all groups of the chosen structures, array by array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ..config import OTOConfig
+from ..models.groups import GroupArray, Partition
+from . import budget
+from .group_weights import Places, squared_norms
+from .sharding import from_first_rank
+
+
+def split(values_G: Tensor, arrays: Sequence[GroupArray]) -> tuple[Tensor, ...]:
+    """Array by array."""
+    return values_G.split([array.count for array in arrays])
+
+
+def indices(mask_G: Tensor, arrays: Sequence[GroupArray]) -> list[Tensor]:
+    """Array by array which of its groups are meant, int64, on the CPU."""
+    mask_G = mask_G.cpu()
+    found = mask_G.nonzero().flatten().split(counts(mask_G, arrays))
+    firsts = accumulate((array.count for array in arrays), initial=0)
+    return [each - first for each, first in zip(found, firsts, strict=False)]
+
+
+def counts(mask_G: Tensor, arrays: Sequence[GroupArray]) -> list[int]:
+    """Array by array how many of its groups are meant."""
+    ends = torch.tensor(list(accumulate(array.count for array in arrays))) - 1
+    so_far = mask_G.cpu().cumsum(0)[ends].tolist()
+    return [end - start for start, end in zip([0, *so_far], so_far, strict=False)]
+
+
+def saliency(
+    partition: Partition,
+    arrays: Sequence[GroupArray],
+    config: OTOConfig,
+    gathered_G: Tensor,
+    places: Places,
+    step: int,
+) -> Tensor:
+    """
+    Every group's score, not yet divided by its cost, on the CPU: what was gathered of it, or what the weights say, or
+    one drawn from the run's seed. Per cost that is the same draw for heads and neurons.
+
+    Raises:
+        `FloatingPointError`: It is not finite.
+    """
+    if config.saliency == "magnitude":
+        saliency_G = squared_norms(arrays, places)
+    elif config.saliency == "random":
+        costs = [cost_g.double().mean().float() for cost_g in budget.costs_of(partition, arrays, config)]
+        usual_G = torch.cat([cost.expand(array.count) for cost, array in zip(costs, arrays, strict=True)])
+        generator = torch.Generator().manual_seed(torch.initial_seed() + step)
+        drawn_G = torch.rand(len(usual_G), generator=generator) * usual_G
+        saliency_G = from_first_rank(drawn_G.to(gathered_G.device))
+    else:
+        saliency_G = gathered_G
+    saliency_G = saliency_G.cpu()
+    if not bool(saliency_G.isfinite().all()):
+        raise FloatingPointError(
+            f"The saliency is not finite at step {step}: gradients or weights are NaN or infinite. Lower the learning "
+            f"rate and go on from the last checkpoint."
+        )
+    return saliency_G
+
+
+def choose(
+    partition: Partition,
+    arrays: Sequence[GroupArray],
+    config: OTOConfig,
+    saliency_G: Tensor,
+    alive_G: Tensor,
+    share: float,
+) -> Tensor:
+    """
+    The groups of the lowest saliency per cost, for what has to be removed by the end of a period.
+
+    Args:
+        partition ([`~hf_oto.models.groups.Partition`]): All groups that the model has now.
+        arrays (`Sequence[GroupArray]`): Those of the chosen structures.
+        config ([`OTOConfig`]): The settings.
+        saliency_G (`Tensor`): Saliency, on the CPU, not yet divided by its cost.
+        alive_G (`Tensor`): Which may go, bool `[G]`, on the CPU.
+        share (`float`): Share of the dense architecture to be removed.
+
+    Returns:
+        `Tensor`: bool `[G]`.
+    """
+    alive = dict(zip(((array.layer, array.kind) for array in arrays), counts(alive_G, arrays), strict=True))
+    kept = [alive.get((array.layer, array.kind), array.count) for array in partition.arrays]
+    total, removed = budget.dense_cost(partition, config), budget.removed_cost(partition, config, kept)
+    sizes = torch.tensor([array.count for array in arrays])
+    limits = torch.tensor([budget.floor_and_multiple(array.kind, config) for array in arrays])
+    return budget.select_groups(
+        saliency_G,
+        torch.cat(budget.costs_of(partition, arrays, config)),
+        torch.arange(sizes.numel()).repeat_interleave(sizes),
+        alive_G,
+        budget.allowance(share, total) - removed,
+        limits[:, 0],
+        limits[:, 1],
+    )
