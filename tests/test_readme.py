@@ -58,7 +58,7 @@ def test_every_block_runs_and_says_what_it_should(tmp_path):
 
 
 def test_every_page_is_in_the_navigation():
-    assert {path.name for path in (ROOT / "docs").glob("*.md")} == set(NAV) and len(NAV) == 8
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} == set(NAV) and len(set(NAV)) == len(NAV) > 5
 
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=lambda page: f"{page.parent.name}/{page.name}")

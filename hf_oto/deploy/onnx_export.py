@@ -87,7 +87,7 @@ def export_onnx(
         score (`Callable`, *optional*):
             Called with ONNX Runtime's session of the model, of the float32 one and then of the int8 one.
         pooling ([`~hf_oto.deploy.pooling.Pooling`], *optional*):
-            Pool inside the graph: it gives `token_embeddings` and `sentence_embedding`. For a base model.
+            Pool inside the graph: it gives `last_hidden_state` and `sentence_embedding`. For a base model.
         atol (`float`, *optional*, defaults to 1e-4):
             How far an output may be off before any quantization, as a share of its largest magnitude.
         seed (`int`, *optional*, defaults to 0): Of the random batches.

@@ -89,8 +89,7 @@ def _modes(settings: dict[str, Any]) -> tuple[str, ...]:
 
 
 class PooledModel(nn.Module):
-    """A base model that gives, beside its tokens' embeddings, that of the text, under the names that ONNX files of
-    sentence-transformers' models have."""
+    """A base model that gives `sentence_embedding`, the embedding of the text, beside its tokens' own."""
 
     def __init__(self, model: PreTrainedModel, pooling: Pooling) -> None:
         super().__init__()
@@ -101,4 +100,4 @@ class PooledModel(nn.Module):
         inputs.pop("return_dict", None)
         states_BLH = self.model(**inputs).last_hidden_state
         pooled = self.pooling(states_BLH, inputs["attention_mask"])
-        return {"token_embeddings": states_BLH, "sentence_embedding": pooled}
+        return {"last_hidden_state": states_BLH, "sentence_embedding": pooled}
