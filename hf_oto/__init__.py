@@ -14,8 +14,13 @@ if TYPE_CHECKING:
     from .models.surgery import compress, gather, shrink
     from .report.pictures import plot_run
     from .report.summary import summarize
+    from .training.sentence_transformers import OTOCrossEncoderTrainer as OTOCrossEncoderTrainer
+    from .training.sentence_transformers import OTOMultiVectorEncoderTrainer as OTOMultiVectorEncoderTrainer
+    from .training.sentence_transformers import OTOSentenceTransformerTrainer as OTOSentenceTransformerTrainer
+    from .training.sentence_transformers import OTOSparseEncoderTrainer as OTOSparseEncoderTrainer
     from .training.trainer import OTOTrainer
 
+# Without those that need the package of an extra: `from hf_oto import *` works where it is not installed.
 __all__ = [
     "HSPG",
     "OTOConfig",
@@ -44,6 +49,10 @@ _ROOMS = {
     "plot_run": "report.pictures",
     "shrink": "models.surgery",
     "summarize": "report.summary",
+    "OTOCrossEncoderTrainer": "training.sentence_transformers",
+    "OTOMultiVectorEncoderTrainer": "training.sentence_transformers",
+    "OTOSentenceTransformerTrainer": "training.sentence_transformers",
+    "OTOSparseEncoderTrainer": "training.sentence_transformers",
 }
 
 
@@ -56,7 +65,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_ROOMS})
 
 
 register_types()

@@ -14,8 +14,8 @@ WINGS = {"": 0, "cli": 1, "training": 2, "deploy": 2, "report": 3, "hspg": 4, "m
 ROOMS = {
     "cli": ["app", "inspect", "compress", "bench", "latency", "export", "answer", "loading", "printing"],
     "training": [
-        *("trainer", "pruning", "attaching", "checkpoints", "hub", "saving", "search", "showing", "pruned_part"),
-        *("refusals", "teaching", "distillation", "zeros"),
+        *("sentence_transformers", "trainer", "pruning", "attaching", "checkpoints", "hub", "saving", "search"),
+        *("showing", "pruned_part", "refusals", "teaching", "distillation", "zeros"),
     ],
     "deploy": [
         *("benchmark", "latency_tables", "squad_scoring", "answering", "onnx_folder", "onnx_export"),
@@ -169,4 +169,4 @@ def test_public_names_exist():
     import hf_oto
 
     assert set(hf_oto.__all__) >= PUBLIC
-    assert [name for name in hf_oto.__all__ if not hasattr(hf_oto, name)] == []
+    assert [name for name in {*hf_oto.__all__, *hf_oto._ROOMS} if not hasattr(hf_oto, name)] == []

@@ -38,7 +38,8 @@ def card_section(
     summary: Summary,
     *,
     repo_id: str,
-    auto_class: str,
+    auto_class: str = "AutoModel",
+    loading: str | None = None,
     pictures: Sequence[str] = (),
     scores: Mapping[str, float] | None = None,
     dense_scores: Mapping[str, float] | None = None,
@@ -49,7 +50,8 @@ def card_section(
     Args:
         summary ([`Summary`]): Of the model.
         repo_id (`str`): Where it is loaded from.
-        auto_class (`str`): The Auto class of its task.
+        auto_class (`str`, *optional*, defaults to `"AutoModel"`): The Auto class of its task.
+        loading (`str`, *optional*): Python that loads it, where that is no Auto class.
         pictures (`Sequence[str]`, *optional*):
             Those of `"layers"` and `"run"` that lie beside the card, as [`save_figures`] writes them.
         scores, dense_scores (`Mapping[str, float]`, *optional*):
@@ -63,6 +65,10 @@ def card_section(
     table = "\n".join(["| | dense | this model |", "| --- | --- | --- |", *rows]) + "\n\n" if rows else ""
     layers = f"![{CAPTIONS['layers']}](layers.png)\n\n" if "layers" in pictures else ""
     run = f"![{CAPTIONS['run']}](run.png)\n\n" if "run" in pictures else ""
+    loading = loading or (
+        f"from transformers import {auto_class}\n\n"
+        f'model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)'
+    )
     faster = ""
     if summary.latency_ratio is not None:
         faster = (
@@ -80,9 +86,7 @@ While it was fine-tuned, whole attention heads and feed-forward neurons were rem
 {run}## How to load it
 
 ```python
-from transformers import {auto_class}
-
-model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)
+{loading}
 ```
 
 With `import hf_oto` before it, `trust_remote_code` is not needed.

@@ -1,0 +1,199 @@
+"""The trainers of sentence-transformers, with HSPG inside. No other room knows that package."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..report.card import CAPTIONS, card_section
+from ..report.pictures import training_entries
+from ..report.summary import summarize
+from .trainer import OTOTrainer
+
+try:
+    from sentence_transformers import (
+        CrossEncoderTrainer,
+        MultiVectorEncoderTrainer,
+        SentenceTransformerTrainer,
+        SparseEncoderTrainer,
+    )
+except ImportError as error:
+    raise ImportError(
+        "The trainers for embedding models and rerankers need sentence-transformers 6.0 or later: "
+        "`pip install 'hf-oto[embeddings]'`."
+    ) from error
+
+# What a checkpoint holds of the losses: upstream keeps the model alone, with which such a run would go on otherwise.
+_LOSS = "loss.safetensors"
+
+# Before what the compression stands in upstream's cards.
+_TRAINING = "## Training Details"
+
+
+class _PruningTrainer(OTOTrainer):
+    """What the trainers of sentence-transformers do otherwise than Transformers' own."""
+
+    loss: Any  # a module, or one for every data set
+    loading_class = ""
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        *others: Any,
+        teacher: PreTrainedModel | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if teacher is not None:
+            raise ValueError(
+                "`teacher` is not supported for models of sentence-transformers, which learn from embeddings or "
+                "scores and not from logits. Give them as the data set's `label`, as `teacher.encode(texts)` returns "
+                "them, with `MSELoss` or `EmbedDistillLoss`; a cross-encoder's scores with its own `MSELoss` or "
+                "`MarginMSELoss`."
+            )
+        self._loading_error: Exception | None = None
+        super().__init__(model, args, *others, **kwargs)
+
+    # Resuming.
+
+    def _loss_parameters(self) -> dict[str, Tensor]:
+        """What the losses train that is no part of the model, by a name that no weight of a model has."""
+        losses = self.loss if isinstance(self.loss, dict) else {"": self.loss}
+        of_model = set(self._whole_model().parameters())
+        return {
+            f"loss.{key}.{name}": parameter
+            for key, loss in losses.items()
+            for name, parameter in loss.named_parameters()
+            if parameter not in of_model
+        }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except Exception as error:
+            self._loading_error = error
+            raise
+
+    def _load_weights(self, checkpoint: str, model: nn.Module | None) -> None:
+        super()._load_weights(checkpoint, model)
+        mine = self._loss_parameters()
+        if not mine:
+            return
+        path = Path(checkpoint, _LOSS)
+        if not path.is_file():
+            raise ValueError(
+                f"{checkpoint} lacks {_LOSS}, and the loss has parameters of its own ({', '.join(mine)}). Resume with "
+                f"the loss that the run began with."
+            )
+        saved = load_file(path)
+        if {name: list(tensor.shape) for name, tensor in saved.items()} != {n: list(p.shape) for n, p in mine.items()}:
+            raise ValueError(
+                f"{path} holds {', '.join(saved)}, the loss has {', '.join(mine)} or these in other shapes. Resume "
+                f"with the loss that the run began with."
+            )
+        for name, parameter in mine.items():
+            parameter.data.copy_(saved[name])
+
+    def _load_best_model(self) -> None:
+        # Upstream logs an exception and goes on with the last weights, as if they were the best.
+        self._loading_error = None
+        super()._load_best_model()
+        if self._loading_error is not None:
+            raise self._loading_error
+
+    # Saving.
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self._output_dir)
+        if self._checkpoints_folder is None:
+            self._complete_card(folder)
+        elif parameters := self._loss_parameters():
+            save_file({name: tensor.detach().contiguous() for name, tensor in parameters.items()}, folder / _LOSS)
+
+    def create_model_card(self, *args: Any, dense_metrics: Mapping[str, float] | None = None, **kwargs: Any) -> None:
+        """As upstream's, with what was removed, what every layer kept and how to load the model."""
+        super(OTOTrainer, self).create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            self._complete_card(Path(self._output_dir), dense_metrics)
+
+    def _complete_card(self, folder: Path, dense_scores: Mapping[str, float] | None = None) -> None:
+        """Add the compression to the card that upstream writes with every save."""
+        path, config = folder / "README.md", self.oto_config
+        if not path.is_file():  # upstream logs why
+            return
+        logged = [entry for entry in self.state.log_history if any(name.startswith("eval_") for name in entry)]
+        drawn = list(CAPTIONS)[: 2 if training_entries(self.state.log_history) else 1]
+        repo_id = self.hub_model_id or self._output_dir
+        section = card_section(
+            summarize(self._part(), sequence_length=config.macs_sequence_length, latency_table=config.latency_table),
+            repo_id=repo_id,
+            loading=f"from sentence_transformers import {self.loading_class}\n\n"
+            f'model = {self.loading_class}("{repo_id}", trust_remote_code=True)',
+            pictures=drawn if importlib.util.find_spec("matplotlib") else (),
+            scores=logged[-1] if logged else None,
+            dense_scores=dense_scores,
+        )
+        card = ModelCard.load(path)
+        before, heading, rest = card.text.partition(_TRAINING)
+        card.text = before + section + heading + rest
+        card.data.tags = sorted({*(card.data.tags or []), "hf-oto", "pruned"})
+        card.save(path)
+
+
+class OTOSentenceTransformerTrainer(_PruningTrainer, SentenceTransformerTrainer):
+    r"""
+    [`SentenceTransformerTrainer`], with one more argument, as in [`OTOTrainer`]: it makes an embedding model small
+    while it trains it.
+
+    Pruned is the Transformers model inside; pooling, projections and normalization stay as they are. `save_model`
+    writes the small model as sentence-transformers does, with `modules.json` and a folder for every module. What a
+    loss trains for itself (a classifier, a projection) is in the checkpoints.
+
+    Args:
+        oto_config ([`OTOConfig`], *optional*):
+            The settings of the compression; all defaults if `None`. Everything else is as in
+            [`SentenceTransformerTrainer`].
+
+    Raises:
+        `ValueError`: There is no one Transformers model of a supported family inside, a `teacher` or `fsdp` is given,
+            or what [`OTOTrainer`] refuses.
+
+    Example:
+
+    ```python
+    trainer = OTOSentenceTransformerTrainer(
+        model=model, args=args, oto_config=OTOConfig(target_sparsity=0.5), train_dataset=train, loss=loss
+    )
+    trainer.train()
+    trainer.save_model("small")
+    SentenceTransformer("small", trust_remote_code=True)
+    ```
+    """
+
+    loading_class = "SentenceTransformer"
+
+
+class OTOCrossEncoderTrainer(_PruningTrainer, CrossEncoderTrainer):
+    """[`CrossEncoderTrainer`], as [`OTOSentenceTransformerTrainer`] is: for rerankers."""
+
+    loading_class = "CrossEncoder"
+
+
+class OTOSparseEncoderTrainer(_PruningTrainer, SparseEncoderTrainer):
+    """[`SparseEncoderTrainer`], as [`OTOSentenceTransformerTrainer`] is: for SPLADE and its kind."""
+
+    loading_class = "SparseEncoder"
+
+
+class OTOMultiVectorEncoderTrainer(_PruningTrainer, MultiVectorEncoderTrainer):
+    """[`MultiVectorEncoderTrainer`], as [`OTOSentenceTransformerTrainer`] is: for ColBERT and its kind."""
+
+    loading_class = "MultiVectorEncoder"
