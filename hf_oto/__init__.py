@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from .deploy.latency_tables import measure_latency
     from .hspg.optimizer import HSPG
     from .models.groups import partition
-    from .models.surgery import compress, gather, shrink
+    from .models.sharding import gather
+    from .models.surgery import compress, shrink
     from .report.pictures import plot_run
     from .report.summary import summarize
     from .training.sentence_transformers import OTOCrossEncoderTrainer as OTOCrossEncoderTrainer
@@ -43,7 +44,7 @@ _ROOMS = {
     "OTOTrainer": "training.trainer",
     "QuestionAnswerer": "deploy.answering",
     "compress": "models.surgery",
-    "gather": "models.surgery",
+    "gather": "models.sharding",
     "measure_latency": "deploy.latency_tables",
     "partition": "models.groups",
     "plot_run": "report.pictures",

@@ -56,7 +56,9 @@ def compress(
         if out.is_dir():
             out.rmdir()  # it is empty; not every system renames onto it
         made.rename(out)
-    removed = {kind: sum(before.counts(kind)) - sum(getattr(summary, kind)) for kind in ("heads", "neurons")}
+    removed = {
+        kind: sum(getattr(before.block_counts, kind)) - sum(getattr(summary, kind)) for kind in ("heads", "neurons")
+    }
     numbers = {"out": str(out), "files": files, "removed": removed, **summary.to_dict()}
     text = f"{out}: removed {removed['heads']:,} heads and {removed['neurons']:,} neurons of {checkpoint}."
     show(numbers, [text, *summary.table().renderables], as_json)

@@ -19,8 +19,8 @@ from ..deploy.answering import QuestionAnswerer
 from ..deploy.model_files import WEIGHTS
 from ..models import modeling_oto
 from ..models.configuration_oto import BLOCK_SPECS, dense_model_type
+from ..models.example_inputs import check_tokens
 from ..models.groups import refusal
-from ..models.trial_inputs import check_tokens
 
 
 @contextmanager

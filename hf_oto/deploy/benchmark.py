@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..models.trial_inputs import example_batch, longest_input
+from ..models.example_inputs import example_batch, longest_input
 from ..report.summary import summarize
 from .onnx_export import check_packages, export_onnx, inference_session
 from .threads import using_threads

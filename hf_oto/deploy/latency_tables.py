@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from ..config import LatencyTable
 from ..models.configuration_oto import BLOCK_SPECS, PRUNED_PREFIX
+from ..models.example_inputs import example_batch, longest_input
 from ..models.groups import Partition, partition
 from ..models.sharding import is_sharded
 from ..models.surgery import keep_groups
-from ..models.trial_inputs import example_batch, longest_input
 from .threads import using_threads
 from .timing import CLOCK, Timer, device_name
 

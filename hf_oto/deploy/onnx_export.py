@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..models.example_inputs import example_batch, longest_input
 from ..models.folders import folder_beside
 from ..models.modes import evaluating
-from ..models.trial_inputs import example_batch, longest_input
 from .pooling import PooledModel, Pooling
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -53,6 +53,7 @@ class BlockSpec:
     out_bias: bool | str = True
     neuron_bias: bool | str = True
     own_head_size: bool = False  # whether the family's config has a `head_dim`, which need not be hidden size / heads
+    positions_after_padding: bool = False  # whether positions are counted from the padding token's id + 1
     embeddings: str = "embeddings"
     refused: tuple[tuple[str, str], ...] = (  # the config's flags that must be off, each with the reason
         ("is_decoder", "a decoder's key/value cache is laid out by head"),
@@ -71,6 +72,8 @@ _BERT = BlockSpec(
     neurons_out="output.dense",
     activation="intermediate.intermediate_act_fn",
 )
+
+_ROBERTA = replace(_BERT, positions_after_padding=True)
 
 _WAV2VEC2 = BlockSpec(
     blocks="encoder.layers",
@@ -108,8 +111,8 @@ _LLAMA = BlockSpec(
 
 BLOCK_SPECS: dict[str, BlockSpec] = {
     "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
     "electra": _BERT,
     "distilbert": BlockSpec(
         blocks="transformer.layer",
@@ -125,7 +128,7 @@ BLOCK_SPECS: dict[str, BlockSpec] = {
         width_field="hidden_dim",
         refused=(),
     ),
-    "camembert": _BERT,
+    "camembert": _ROBERTA,
     "bert-generation": _BERT,
     "mpnet": replace(
         _BERT,
@@ -135,9 +138,10 @@ BLOCK_SPECS: dict[str, BlockSpec] = {
         value="attention.attn.v",
         attention_out="attention.attn.o",
         position_bias=True,
+        positions_after_padding=True,
         refused=(),
     ),
-    "esm": replace(_BERT, activation=None),
+    "esm": replace(_ROBERTA, activation=None),
     "modernbert": BlockSpec(
         blocks="layers",
         attention="attn",

@@ -8,14 +8,22 @@ Shapes: `G` groups of one array, `D` head size, `H` hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .configuration_oto import BLOCK_SPECS, BlockSpec, attention_rows, dense_model_type, has_bias
+from .configuration_oto import (
+    BLOCK_SPECS,
+    PRUNED_PREFIX,
+    BlockSpec,
+    attention_rows,
+    dense_model_type,
+    has_bias,
+    layer_counts,
+)
 
 # Families that have blocks of this kind and are refused all the same, with the reason.
 REFUSED: dict[str, str] = {
@@ -24,6 +32,38 @@ REFUSED: dict[str, str] = {
     "t5": "its first block computes a bias by head that serves all blocks, and one config serves encoder and decoder",
     "gpt2": "its projections keep rows and columns the other way round, and its key/value cache is laid out by head",
 }
+
+
+class BlockCounts(NamedTuple):
+    """Heads and neurons of every block, block by block."""
+
+    heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+
+    @classmethod
+    def of_arrays(cls, numbers: Sequence[int]) -> BlockCounts:
+        """From a number for each array of a [`Partition`]."""
+        return cls(tuple(numbers[::2]), tuple(numbers[1::2]))
+
+    @property
+    def arrays(self) -> tuple[int, ...]:
+        """A number for each array of a [`Partition`]."""
+        return tuple(count for block in self.blocks for count in block)
+
+    @property
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        """(heads, neurons) of each block."""
+        return tuple(zip(self.heads, self.neurons, strict=True))
+
+
+def config_counts(config: Any) -> BlockCounts:
+    """What the config of a dense or a pruned model of a supported family says."""
+    if config.model_type.startswith(PRUNED_PREFIX):
+        heads, neurons = zip(*layer_counts(config), strict=True)
+        return BlockCounts(heads, neurons)
+    spec, layers = BLOCK_SPECS[dense_model_type(config.model_type)], config.num_hidden_layers
+    heads = getattr(config, spec.key_heads_field or spec.heads_field)
+    return BlockCounts((heads,) * layers, (getattr(config, spec.width_field),) * layers)
 
 
 @dataclass(frozen=True)
@@ -123,9 +163,14 @@ class Partition:
         """Groups that the model has now, heads and neurons."""
         return sum(array.count for array in self.arrays)
 
-    def counts(self, kind: str) -> list[int]:
+    @property
+    def block_counts(self) -> BlockCounts:
+        """What every block has now."""
+        return BlockCounts.of_arrays([array.count for array in self.arrays])
+
+    def counts(self, kind: str) -> tuple[int, ...]:
         """Groups of a kind that every block has now, block by block."""
-        return [array.count for array in self.arrays if array.kind == kind]
+        return getattr(self.block_counts, kind)
 
     def dense_count(self, kind: str) -> int:
         """Groups of a kind that every block had before any pruning."""
@@ -185,19 +230,15 @@ def zero_groups(array: GroupArray, parameters: Mapping[str, Tensor]) -> Tensor:
         parameters (`Mapping[str, Tensor]`): `dict(model.named_parameters())`.
 
     Returns:
-        `Tensor`: bool `[G]`. A group counts as zero when all its silencing rows are, or all its columns.
+        `Tensor`: bool `[G]`. A group counts as zero when all that it owns is. One with an output projection of zeros
+        and other weights adds nothing yet, and learns: blocks that are put between others begin so.
     """
-    if not array.count:
-        return torch.zeros(0, dtype=torch.bool)
-    columns = parameters[array.columns]
-    no_output = (columns.detach().unflatten(1, (array.count, array.width)) == 0).all(dim=2).all(dim=0)
-    silent = torch.ones_like(no_output)
-    for owned in array.silencers:
-        length = array.count * owned.width
-        for block in owned.blocks:
-            rows = parameters[owned.name].detach().narrow(0, block * length, length)
-            silent &= (rows.reshape(array.count, -1) == 0).all(dim=1)
-    return silent | no_output
+    zero = None
+    for owned in array.owned:
+        parts = parameters[owned.name].detach().movedim(owned.dim, 0).unflatten(0, (-1, array.count, owned.width))
+        found = (parts == 0).transpose(0, 1).flatten(1).all(dim=1)
+        zero = found if zero is None else zero & found
+    return torch.zeros(0, dtype=torch.bool) if zero is None else zero
 
 
 def refusal(model_type: str) -> str:
@@ -210,10 +251,15 @@ def _supported(model: nn.Module) -> tuple[Any, BlockSpec, str]:
     """The model's config, its family's row of the table and the family's name, or a refusal."""
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
-    if model_type is None or not hasattr(model, "base_model"):
+    if model_type is None or not hasattr(model, "base_model") or hasattr(model, "_orig_mod"):
         raise ValueError(
             f"`model` must be a Transformers model that is not wrapped, got {type(model).__name__}. "
             f"Supported families: {', '.join(BLOCK_SPECS)}."
+        )
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"`model` must not have adapters, got {type(model).__name__}: its own weights are frozen, or no longer "
+            f"alone. Pass `model.merge_and_unload()`, or add adapters to the compressed model."
         )
     family = dense_model_type(model_type)
     spec = BLOCK_SPECS.get(family)
@@ -222,7 +268,28 @@ def _supported(model: nn.Module) -> tuple[Any, BlockSpec, str]:
     for flag, reason in spec.refused:
         if getattr(config, flag, False):
             raise ValueError(f"`model` has `{flag}=True`, which is not supported: {reason}. Set it to False.")
+    _check_weights(model)
     return config, spec, family
+
+
+# What wrappers of a part of a model put into the names of its parameters.
+_WRAPPED = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if wrapped := _WRAPPED.intersection(name.split(".")):
+            raise ValueError(
+                f"`model` must not be wrapped, a part of it is: {name!r} has {wrapped.pop()!r} in its name. Pass the "
+                f"model as it was, and wrap or compile the whole of it afterwards."
+            )
+        # Quantized weights are tensors of classes that are not torch's own, or of integers.
+        if not parameter.is_floating_point() or not type(parameter).__module__.startswith("torch."):
+            kind = f"{type(parameter).__module__}.{type(parameter).__qualname__} of {parameter.dtype}"
+            raise ValueError(
+                f"`model` must have plain weights, {name!r} is a {kind}. Load it in float32 or bfloat16, and quantize "
+                f"the compressed model."
+            )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..config import LatencyTable, OTOConfig
 from ..hspg.budget import check_table, group_cost, removed_cost
 from ..models.configuration_oto import BLOCK_SPECS
-from ..models.groups import Partition, partition, zero_groups
+from ..models.groups import BlockCounts, Partition, partition, zero_groups
 from ..models.sharding import is_sharded
 from .pictures import check_format, layers_figure, save_figure
 from .tables import markdown_table, plain_text
@@ -198,7 +198,7 @@ def summarize(
         sequence_length=sequence_length,
         latency_table=latency_table,
     )
-    heads = kept[::2]
+    heads = [keep for array, keep in zip(arrays, kept, strict=True) if array.kind == "heads"]
     if any(len(keep) < summary.dense_heads for keep in heads):
         return summary
     return dataclasses.replace(summary, kept_heads=tuple(tuple(keep.nonzero().flatten().tolist()) for keep in heads))
@@ -235,7 +235,7 @@ def summarize_kept(
         total = latency_table.total
         times = {"latency": total - removed_cost(groups, config, kept), "dense_latency": total}
         times["latency_conditions"] = latency_table.conditions
-    heads, neurons = kept[::2], kept[1::2]
+    heads, neurons = BlockCounts.of_arrays(kept)
     everything = tuple(tuple(range(count)) for count in heads) if set(heads) <= {groups.dense_heads} else None
     all_heads, all_neurons = groups.num_layers * groups.dense_heads, groups.num_layers * groups.dense_neurons
     return Summary(

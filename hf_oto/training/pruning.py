@@ -16,10 +16,10 @@ from transformers.utils import logging
 from ..config import OTOConfig
 from ..hspg import budget
 from ..hspg.optimizer import HSPG
-from ..models.groups import partition
+from ..models.groups import config_counts, partition
 from ..models.modes import dropping_modules
 from ..models.sharding import is_sharded
-from ..models.surgery import block_counts, check_compressible, shrink
+from ..models.surgery import check_compressible, shrink
 from . import checkpoints, showing
 from .attaching import decay_in_recovery, goes_on, hspg_in, optimizers_in, settled_config, wrapped
 from .pruned_part import find_part, path_of, put_part, saved_config
@@ -266,16 +266,15 @@ class PruningTrainer(TaughtTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights now, or, if they are of a model that had been shrunk, when the optimizer can follow."""
         part, saved = self._part(), self._saved_config(resume_from_checkpoint)
-        groups = partition(part)
-        counts = list(zip(groups.counts("heads"), groups.counts("neurons"), strict=True))
-        if saved is None or block_counts(saved) == counts:
+        counts = partition(part).block_counts
+        if saved is None or config_counts(saved) == counts:
             checkpoints.check_shapes(resume_from_checkpoint, self._whole_model(), part)
             self._load_weights(resume_from_checkpoint, model)
         elif not self.oto_config.shrink_during_training:
             raise ValueError(
-                f"{resume_from_checkpoint} has {block_counts(saved)} (heads, neurons) in its blocks, `model` "
-                f"{counts}. Resume with the model that the run began with, and with `shrink_during_training=True` if "
-                f"it had that."
+                f"{resume_from_checkpoint} has {list(config_counts(saved).blocks)} (heads, neurons) in its blocks, "
+                f"`model` {list(counts.blocks)}. Resume with the model that the run began with, and with "
+                f"`shrink_during_training=True` if it had that."
             )
         else:
             self._shrunk_checkpoint = resume_from_checkpoint

@@ -12,8 +12,8 @@ from transformers.integrations import TensorBoardCallback
 from transformers.modelcard import TASK_MAPPING
 
 from ..config import OTOConfig
+from ..models.empty_models import auto_class_of
 from ..models.sharding import is_sharded
-from ..models.surgery import auto_class_of
 from ..report.card import card_section, figures, leaderboard_results, save_figures
 from ..report.summary import summarize
 

@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 from ..hspg.optimizer import HSPG
 from ..models.saved_names import own_names
-from ..models.sharding import is_sharded
-from ..models.surgery import compress, gather
+from ..models.sharding import gather, is_sharded
+from ..models.surgery import compress
 from ..report.card import save_figures
 from . import checkpoints, showing
 from .checkpoints import CheckpointingTrainer

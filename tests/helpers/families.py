@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 from hf_oto.config import LatencyTable, OTOConfig
 from hf_oto.hspg.budget import dense_cost, floor_and_multiple, removable_groups, removal_costs
 from hf_oto.models.configuration_oto import FAMILIES
-from hf_oto.models.groups import GroupArray, Partition, partition
+from hf_oto.models.groups import BlockCounts, GroupArray, Partition, partition
 
 _COMMON = {
     "vocab_size": 61,
@@ -165,13 +165,12 @@ def zero_uneven(model: PreTrainedModel, seed: int = 0) -> list[tuple[int, int]]:
         if gone:
             zero(model, array, torch.randperm(array.count, generator=generator)[:gone])
         kept.append(array.count - gone)
-    return list(zip(kept[::2], kept[1::2], strict=True))
+    return list(BlockCounts.of_arrays(kept).blocks)
 
 
 def counts(model: PreTrainedModel) -> list[tuple[int, int]]:
     """(heads, neurons) of every block."""
-    found = partition(model)
-    return list(zip(found.counts("heads"), found.counts("neurons"), strict=True))
+    return list(partition(model).block_counts.blocks)
 
 
 def question_batch(model: PreTrainedModel, seed: int = 1, size: int = 3) -> dict[str, Tensor]:

@@ -29,10 +29,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import AutoModel, AutoModelForQuestionAnswering
 
-from hf_oto.models import modeling_oto, surgery
+from hf_oto.models import modeling_oto
 from hf_oto.models.configuration_oto import BLOCK_SPECS, has_bias
+from hf_oto.models.empty_models import auto_class_of, block_fields
 from hf_oto.models.groups import partition
-from hf_oto.models.surgery import auto_class_of, compress
+from hf_oto.models.surgery import compress
 
 KEPT = [(3, 16), (0, 12), (2, 0)]
 # Loaded weights lie at another address, where the same product may be summed in another order.
@@ -75,7 +76,7 @@ def test_round_trip_through_the_auto_class(name, tmp_path, caplog, recwarn):
     spec = BLOCK_SPECS[family_of(name)]
     assert config["architectures"] == [f"OTO{name}"]
     assert config["per_layer_config"] == {
-        str(layer): surgery.block_fields(spec, config, heads, neurons) for layer, (heads, neurons) in enumerate(KEPT)
+        str(layer): block_fields(spec, config, heads, neurons) for layer, (heads, neurons) in enumerate(KEPT)
     }
     assert [config[name] for name in (spec.key_heads_field or spec.heads_field, spec.width_field)] == [4, 24]
     assert config["head_dim"] == 8

@@ -1,7 +1,5 @@
 """partition: which weights belong to which group, in every family, and which models have none."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import transformers
@@ -34,7 +32,7 @@ def test_groups_own_heads_and_neurons_and_nothing_else(name):
     groups = partition(model)
     assert (groups.model_type, groups.num_layers) == (family_of(name), 3)
     assert (groups.hidden_size, groups.head_size, groups.dense_heads, groups.dense_neurons) == (32, 8, 4, 24)
-    assert groups.counts("heads") == [4] * 3 and groups.counts("neurons") == [24] * 3
+    assert groups.block_counts == ((4,) * 3, (24,) * 3)
     assert groups.num_groups == 3 * 28
     parameters = dict(model.named_parameters())
     for array in groups.arrays:
@@ -58,16 +56,18 @@ def test_groups_own_heads_and_neurons_and_nothing_else(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_zero_group_adds_nothing(name):
-    """Its block computes the same whatever the rest of the group holds: zero rows, or zero columns, are enough."""
+    """And is one only where all that it owns is zero: what has an entry left may learn."""
     model = tiny_model(name)
     parameters = dict(model.named_parameters())
     for array in partition(model).arrays[:2]:
         assert not zero_groups(array, parameters).any()
-        zero(model, array, [1], array.silencers)
-        zero(model, array, [2], ((array.columns, 1),))
-        if array.kind == "heads":  # its queries, all of them: not enough
-            zero(model, array, [0], tuple(replace(each, blocks=each.blocks[:1]) for each in array.rows[:1]))
-        assert zero_groups(array, parameters).nonzero().flatten().tolist() == [1, 2]
+        zero(model, array, [1, 3])
+        assert zero_groups(array, parameters).nonzero().flatten().tolist() == [1, 3]
+        for part in owned(model, array, 1):
+            before = part.clone()
+            part[(-1,) * part.dim()] = 1e-30
+            assert zero_groups(array, parameters).nonzero().flatten().tolist() == [3]
+            part.copy_(before)
 
 
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 9), st.data())
@@ -99,7 +99,7 @@ def test_a_pruned_model_has_the_groups_that_are_left(name):
     model = tiny_model(name)
     kept = zero_uneven(model)
     groups = partition(compress(model))
-    assert list(zip(groups.counts("heads"), groups.counts("neurons"), strict=True)) == kept
+    assert list(groups.block_counts.blocks) == kept
     assert (groups.dense_count("heads"), groups.dense_count("neurons")) == (4, 24)
     assert groups.arrays[2].count == 0 and groups.arrays[2].members == ()
     assert zero_groups(groups.arrays[2], {}).tolist() == []

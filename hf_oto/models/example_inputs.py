@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .configuration_oto import BLOCK_SPECS, dense_model_type
+
 OPTIONAL_INPUT = "token_type_ids"
 
 
@@ -57,10 +59,11 @@ def example_batch(
 
 
 def longest_input(model: PreTrainedModel) -> int:
-    """Tokens that any model of the supported families reads: the RoBERTas count positions from the padding id on."""
+    """Tokens that a model reads at once."""
     check_tokens(type(model))
     config: Any = model.config
-    return max(1, config.max_position_embeddings - (config.pad_token_id or 0) - 1)
+    taken = config.pad_token_id + 1 if BLOCK_SPECS[dense_model_type(config.model_type)].positions_after_padding else 0
+    return config.max_position_embeddings - taken
 
 
 def check_tokens(model_class: type[PreTrainedModel]) -> None:
