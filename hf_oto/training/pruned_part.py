@@ -85,11 +85,16 @@ def put_part(model: nn.Module, old: PreTrainedModel, new: PreTrainedModel) -> nn
         for name, child in module._modules.items():
             if child is old:
                 module._modules[name] = new
-        settings = vars(module.config) if isinstance(module, PreTrainedModel) else {}
-        for name, value in list(settings.items()):
-            if value is old.config:  # a config of several parts, from which they are built anew
-                setattr(module.config, name, new.config)
+    put_config(model, old.config, new.config)
     return model
+
+
+def put_config(model: nn.Module, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
+    """Put another config of the part into those configs around it that hold the old one, to build the part from."""
+    for module in model.modules():
+        for name, value in vars(module.config).copy().items() if isinstance(module, PreTrainedModel) else ():
+            if value is old:
+                setattr(module.config, name, new)
 
 
 def path_of(model: nn.Module, part: nn.Module) -> str:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
 from ..config import OTOConfig
@@ -22,7 +22,7 @@ from ..models.sharding import is_sharded
 from ..models.surgery import check_compressible, shrink
 from . import checkpoints, showing
 from .attaching import decay_in_recovery, goes_on, hspg_in, optimizers_in, settled_config, wrapped
-from .pruned_part import find_part, path_of, put_part, saved_config
+from .pruned_part import find_part, path_of, put_config, put_part, saved_config
 from .refusals import (
     NO_DEEPSPEED,
     NO_FSDP_AROUND,
@@ -141,8 +141,14 @@ class PruningTrainer(TaughtTrainer):
                 logger.warning(f"The model is trained in full size, `shrink_during_training` does nothing: {reason}.")
         checkpoint, self._shrunk_checkpoint = self._shrunk_checkpoint, None
         if checkpoint is not None:
-            shrink(part, cast(HSPG, self.hspg), like=self._saved_config(checkpoint))
+            self._shrink(like=self._saved_config(checkpoint))
             self._load_weights(checkpoint, None)
+
+    def _shrink(self, like: PreTrainedConfig | None = None) -> None:
+        part = self._part()
+        before = part.config
+        shrink(part, cast(HSPG, self.hspg), like=like)
+        put_config(self._whole_model(), before, part.config)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
         if self.lr_scheduler is None:
@@ -207,7 +213,7 @@ class PruningTrainer(TaughtTrainer):
         # After a step, and before anything is saved: what is saved at the target is then all of one size.
         hspg = self.hspg if self.oto_config.shrink_during_training else None
         if hspg is not None and hspg.shrink_due and self._unshrinkable is None:
-            shrink(self._part(), hspg)
+            self._shrink()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
