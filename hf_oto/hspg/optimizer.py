@@ -68,6 +68,8 @@ class HSPG(Optimizer):
     ```
     """
 
+    holds_zeros = False  # whether a loss pulls at zero groups, which are then set to zero after every step
+
     def __init__(self, base_optimizer: Optimizer, partition: Partition, config: OTOConfig, total_steps: int) -> None:
         self.base_optimizer = base_optimizer
         self.partition = partition
@@ -193,7 +195,7 @@ class HSPG(Optimizer):
         The gradients of a zero group are zero. Once its optimizer state is zero too, a base optimizer that moves every
         weight by these alone leaves it where it is; after any other it is set to zero at every step.
         """
-        if self.config.target_sparsity is None or self._settled:
+        if self.config.target_sparsity is None or (self._settled and not self.holds_zeros):
             return
         if self._zero is None:
             groups = selection.indices(self._kept[STATUS] == ZERO, self._arrays)

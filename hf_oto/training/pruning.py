@@ -33,7 +33,7 @@ from .refusals import (
 )
 from .search import split_space
 from .teaching import TaughtTrainer
-from .zeros import check_zeros
+from .zeros import check_zeros, pulled
 
 logger = logging.get_logger(__name__)
 
@@ -130,7 +130,7 @@ class PruningTrainer(TaughtTrainer):
     def _attach(self, optimizer: Optimizer, total_steps: int) -> None:
         """Let HSPG prune what an optimizer trains. In a run that had been shrunk the model becomes as small again."""
         whole, part, config = self._whole_model(), self._part(), self.oto_config
-        self._accumulating = False
+        self._accumulating, self._first_step = False, self.state.global_step
         if self.hspg is None or not goes_on(self.hspg, part, total_steps, resumes=self.state.global_step > 0):
             self._check_part(part, None)
             check_trainable(part, config)
@@ -195,6 +195,8 @@ class PruningTrainer(TaughtTrainer):
         if self._drops_nothing:
             model.train()
         self._last_loss = loss
+        if self.hspg is not None and self.hspg.steps_done in {*self.hspg.schedule.boundaries, self._first_step}:
+            self.hspg.holds_zeros |= pulled(self._part(), self.hspg)
         synced = self.accelerator.sync_gradients
         # Between processes only the last micro-step's gradients agree.
         if self.hspg is not None and (synced or self.args.world_size == 1):

@@ -9,10 +9,9 @@ from ..models.groups import partition, zero_groups
 from ..models.sharding import is_sharded
 
 _REMEDY = (
-    "Something beside the optimizer has written weights since, or a loss pulls them back: averages of weights that "
-    "are copied in, a callback that restores an earlier state, a penalty on the distance from other weights. Leave "
-    "what is zero as it is (`trainer.hspg.zero_masks()` says what is), or do it before pruning begins, and go on from "
-    "the last checkpoint."
+    "Something beside the optimizer has written weights since: averages of weights that are copied in, a callback "
+    "that restores an earlier state, a penalty that began late. Leave what is zero as it is "
+    "(`trainer.hspg.zero_masks()` says what is), or do it before pruning begins, and go on from the last checkpoint."
 )
 
 
@@ -32,6 +31,25 @@ def check_zeros(part: PreTrainedModel, hspg: HSPG) -> None:
             f"{lost['heads']} heads and {lost['neurons']} neurons that were zero are not any more at step "
             f"{hspg.steps_done}. {_REMEDY}"
         )
+
+
+def pulled(part: PreTrainedModel, hspg: HSPG) -> bool:
+    """
+    Whether gradients pull at what is zero, as those of a loss on the weights themselves do; a loss on what the model
+    computes never does. Sharded weights are not read.
+    """
+    if is_sharded(part):
+        return False
+    parameters = dict(part.named_parameters())
+    masks = hspg.zero_masks()
+    for array in hspg.partition.arrays:
+        gone = masks.get((array.layer, array.kind))
+        gradient = parameters[array.columns].grad if array.count else None
+        if gone is not None and gradient is not None and bool(gone.any()):
+            columns = gradient.unflatten(1, (array.count, array.width))[:, gone.to(gradient.device)]
+            if bool(columns.count_nonzero()):
+                return True
+    return False
 
 
 def check_size(small: PreTrainedModel, hspg: HSPG | None) -> None:
