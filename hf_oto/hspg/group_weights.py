@@ -148,16 +148,21 @@ def squared_norms(arrays: Sequence[GroupArray], places: Places) -> Tensor:
             own, groups = local(parameter), (len(owned.blocks), array.count, owned.width)
             if own.shape[owned.dim] != parameter.shape[owned.dim]:
                 start, stop = held(parameter, owned.dim)
-                mine_P = own if own.dim() == 1 else torch.linalg.vector_norm(own, dim=1, dtype=torch.float32)
+                mine_P = own if own.dim() == 1 else norms_along(own, [1])
                 own = torch.zeros(parameter.shape[0], device=own.device)
                 own[start:stop] = mine_P
             split = own.unflatten(owned.dim, groups)
             others = [dim for dim in range(split.dim()) if dim != owned.dim + 1]
-            norms.append(torch.linalg.vector_norm(split, dim=others, dtype=torch.float32))
-        sums.append(torch.stack(norms).square_().sum(dim=0))
+            norms.append(norms_along(split, others))
+        sums.append(torch.stack(norms).square_().sum(dim=0).float())
     sums_G = torch.cat(sums)
     sum_over_shards(sums_G, parameters)
     return sums_G
+
+
+def norms_along(values: Tensor, dims: list[int]) -> Tensor:
+    """Norms over some dims, in float32 or what is more precise."""
+    return torch.linalg.vector_norm(values, dim=dims, dtype=torch.promote_types(values.dtype, torch.float32))
 
 
 def zero_of(state: Mapping[str, Any], name: str) -> Tensor | int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..models.groups import GroupArray
-from .group_weights import Places
+from .group_weights import Places, norms_along
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,11 @@ class Stacked:
 
     def put_norms(self, norms_A: Tensor, values: Tensor) -> None:
         """Put each group's norm in its place."""
-        dims, out = self._others(values), norms_A[self.owners]
-        torch.linalg.vector_norm(values, dim=dims, dtype=torch.float32, out=out)
+        if values.dtype == torch.float64:
+            norms_A[self.owners] = norms_along(values, self._others(values))
+        else:
+            out = norms_A[self.owners]
+            torch.linalg.vector_norm(values, dim=self._others(values), dtype=torch.float32, out=out)
 
     def _others(self, values: Tensor) -> list[int]:
         return [dim for dim in range(values.dim()) if dim != 1]

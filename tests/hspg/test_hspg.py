@@ -758,13 +758,15 @@ def test_a_closure_is_run_with_gradients():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
-def test_half_precision_weights(way):
-    model = tiny_model("BertForQuestionAnswering").bfloat16()
-    optimizer = HSPG(torch.optim.AdamW(model.named_parameters(), lr=3e-3), partition(model), OTOConfig(**SMALL), STEPS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_another_precision(dtype, way):
+    model = tiny_model("BertForQuestionAnswering").to(dtype)
+    rate = 1e-3 if dtype == torch.float16 else 3e-3
+    optimizer = HSPG(torch.optim.SGD(model.named_parameters(), lr=rate), partition(model), OTOConfig(**SMALL), STEPS)
     train(model, optimizer, STEPS)
     now, actual = optimizer.zero_masks(), zeroed(model)
     assert all(torch.equal(now[key], actual[key]) for key in now) and optimizer.metrics()["removed_params"] > 0.4
-    assert compress(model).dtype == torch.bfloat16
+    assert compress(model).dtype == dtype
 
 
 def test_gradients_are_read_only(way):
