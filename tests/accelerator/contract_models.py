@@ -34,11 +34,19 @@ def outputs(model):
     return {name: value.cpu() for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
-def assert_same_outputs(model, other, tolerance=1e-4):
+def assert_same_outputs(model, other, tolerance=1e-4, padding=True):
+    """
+    What a token of padding gives is compared in one precision only: where a window of attention has nothing but
+    padding, it is an average over what the kernel at hand does not leave out.
+    """
     expected, actual = outputs(other), outputs(model)
+    mask = batch(model).get("attention_mask")
     for name, value in expected.items():
         if value.is_floating_point():
-            torch.testing.assert_close(actual[name], value, rtol=0, atol=tolerance * float(value.abs().max()))
+            found = actual[name]
+            if not padding and mask is not None and value.shape[: mask.dim()] == mask.shape:
+                value, found = value[mask.bool()], found[mask.bool()]
+            torch.testing.assert_close(found, value, rtol=0, atol=tolerance * float(value.abs().max()))
 
 
 def gradients(model, seed):

@@ -76,8 +76,11 @@ def test_a_run_saves_what_it_trained_and_resumes(name, shrinks, device, tmp_path
     written = json.loads((tmp_path / "run" / "config.json").read_text())
     assert written["model_type"].startswith("oto_")
     small = trainer.compressed_model().eval()
-    # Under half precision accelerate computes in it for good, and what is cut out is float32 again.
-    assert_same_outputs(small, model.eval(), tolerance=1e-4 if PRECISION == "float32" else 0.05)
+    # Under half precision accelerate computes in it for good, and what is cut out is float32 again. Where it compiles,
+    # Trainer lets a GPU multiply in TF32.
+    precise = PRECISION == "float32"
+    tolerance = (5e-3 if COMPILED else 1e-4) if precise else 0.05
+    assert_same_outputs(small, model.eval(), tolerance, padding=precise)
     loaded = type(small).from_pretrained(tmp_path / "run")
     assert_same_outputs(loaded, small)
     assert counts(loaded) == counts(small)
