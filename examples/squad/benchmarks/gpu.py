@@ -362,6 +362,7 @@ def train(options: Options, folder: str, steps: int, bf16: bool, **settings: Any
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
+    by_stage.trainer = None  # whose model would stay in memory beside the next run's
     return trainer, by_stage, sum(one["ms"] * one["steps"] for one in by_stage.found.values()) / 1000
 
 
@@ -373,9 +374,9 @@ def bf16_there(options: Options) -> bool:
 def trainer_steps(options: Options, deadline: float) -> None:
     number = 40 if options.small else 100
     with tempfile.TemporaryDirectory() as folder:
-        _, dense, _ = train(options, folder, number // 2, bf16_there(options))
+        dense = train(options, folder, number // 2, bf16_there(options))[1]
         gc.collect()
-        _, pruned, _ = train(options, folder, number, bf16_there(options), target_sparsity=0.5)
+        pruned = train(options, folder, number, bf16_there(options), target_sparsity=0.5)[1]
     base = dense.found["dense"]
     for stage, found in pruned.found.items():
         write(options, part="steps", what="trainer", stage=stage, ms=found["ms"], ratio=found["ms"] / base["ms"])
