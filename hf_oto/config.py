@@ -22,6 +22,7 @@ SALIENCIES = ("fisher", "taylor", "magnitude", "random")
 _KINDS = ("heads", "neurons")
 _COUNTS = ("num_layers", "hidden_size", "head_size", "queries", "dense_heads", "dense_neurons", "total")
 _CONDITIONS = ("batch_size", "length", "threads")
+_METHODS = ("clock", "CUDA graph", "device events")
 _WORDS = ("model_type", "device", "dtype", "attention", "torch")
 
 
@@ -76,6 +77,8 @@ class LatencyTable:
         for name in _WORDS:
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"`latency_table.{name}` must be a string, got {getattr(self, name)!r}.")
+        if self.method not in _METHODS:
+            raise ValueError(f"`latency_table.method` must be one of {', '.join(_METHODS)}, got {self.method!r}.")
         for kind in _KINDS:
             curve = _curve(kind, getattr(self, kind), getattr(self, f"dense_{kind}"))
             object.__setattr__(self, kind, curve)
@@ -95,14 +98,12 @@ class LatencyTable:
             f"{self.device}{how}, {self.threads} thread{'s' if self.threads > 1 else ''}, torch {self.torch}"
         )
 
-    @property
-    def whole_structures(self) -> float:
+    def goes_whole(self, kind: str) -> bool:
         """
-        Which part of what heads and neurons take goes only with the last of a block: the price of its kernels, which
-        are launched whatever their widths. Linear curves have next to none of it.
+        Whether a target takes all of a kind of a block or none: on an accelerator, where more than half of what they
+        take is the price of launching their kernels, which goes only with the last of them.
         """
-        alone = sum(_price_of_kernels(getattr(self, kind)) for kind in _KINDS)
-        return alone / sum(getattr(self, kind)[-1][1] for kind in _KINDS)
+        return self.method != "clock" and 2 * _price_of_kernels(curve := getattr(self, kind)) > curve[-1][1]
 
     def saved(self, kind: str) -> tuple[int, ...]:
         """Nanoseconds that a block saves with its first, second, … group of a kind to go. None is below 1."""

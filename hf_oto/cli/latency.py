@@ -6,12 +6,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from ..deploy.latency_tables import measure_latency
 from ..report.tables import markdown_table
-from .loading import load_model, read_config
+from .loading import DeviceOption, DtypeOption, load_model, read_config, read_device, read_dtype
 from .printing import JsonOption, show
 
 
@@ -21,8 +20,8 @@ def latency(
     batch_size: Annotated[int, typer.Option(help="Sequences of a batch.")] = 1,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128,
     threads: Annotated[int | None, typer.Option(help="Threads of one operation. By default torch's number.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
     repeats: Annotated[int, typer.Option(help="Forwards of every size that count.")] = 15,
     warmup: Annotated[int, typer.Option(help="Forwards before them.")] = 2,
     cpu_time: Annotated[
@@ -31,9 +30,11 @@ def latency(
     as_json: JsonOption = False,
 ) -> None:
     """
-    Measure what heads and neurons take on this device, for a target in latency.
+    Measure what heads and neurons take on a device, for a target in latency.
 
-    The table is for OTOConfig(target_unit="latency", latency_table="TABLE.json"), and for inspect.
+    The table is for OTOConfig(target_unit="latency", latency_table="TABLE.json"), and for inspect. On an accelerator
+    the device's own time counts, not the host's launching: by a CUDA graph, or by events over many forwards. Where the
+    kernels are the price and not their widths, the table says so, and a target takes whole structures.
 
     Example: hf-oto latency dense table.json --batch-size 1 --length 384 --threads 1
     """
@@ -41,14 +42,10 @@ def latency(
         raise FileExistsError(f"{out} exists already. Choose another file, or remove it.")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"TABLE.json: there is no folder {out.parent}. Make it first.")
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in dtypes:
-        raise ValueError(f"`dtype` must be one of {', '.join(dtypes)}, got {dtype!r}.")
-    if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
-        raise ValueError(f"`device` must be cpu, or cuda where there is one, got {device!r}.")
-    found: Any = load_model(model, read_config(model), dtype=dtypes[dtype])
+    place, kind = read_device(device), read_dtype(dtype)
+    found: Any = load_model(model, read_config(model), dtype=kind)
     table = measure_latency(
-        found.to(device),
+        found.to(place),
         batch_size=batch_size,
         length=length,
         threads=threads,
@@ -63,6 +60,11 @@ def latency(
     kept = table.num_layers * (table.heads[-1][1] + table.neurons[-1][1]) / table.total
     text = f"{out}: {table.conditions}. The dense model takes {table.total / 1e6:.2f} ms, {kept:.1%} of it for heads "
     text += "and neurons: no target reaches beyond."
+    if whole := [kind for kind in ("heads", "neurons") if table.goes_whole(kind)]:
+        text += (
+            f" Kernels are the price, whatever their widths: a target takes all {' or all '.join(whole)} of a block, "
+        )
+        text += "and needs their floors at 0."
     show({"out": str(out), **table.to_dict()}, [text, shown], as_json)
 
 

@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 import transformers
+import typer
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -21,6 +22,26 @@ from ..models import modeling_oto
 from ..models.configuration_oto import BLOCK_SPECS, dense_model_type
 from ..models.example_inputs import check_tokens
 from ..models.groups import refusal
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DeviceOption = Annotated[str, typer.Option(help="cpu, or cuda or another accelerator that torch knows.")]
+DtypeOption = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")]
+
+
+def read_device(name: str) -> torch.device:
+    """A device that is there."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"`device` must be cpu, or cuda where there is one, got {name!r}: {error}") from error
+    return device
+
+
+def read_dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {name!r}.")
+    return DTYPES[name]
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def measure_latency(
 
     On an accelerator every size is a model of its own, all of whose blocks have it, and whole forwards are timed, by
     the device's own time ([`~hf_oto.deploy.timing.Timer`]). Where kernels are the price and not widths, as in small
-    batches, the table says so: [`~hf_oto.config.LatencyTable.whole_structures`].
+    batches, the table says so: [`~hf_oto.config.LatencyTable.goes_whole`].
 
     It takes about `(repeats + warmup)` times 15 to 25 dense blocks, and as much memory as these have weights; on an
     accelerator as many models one after the other.

@@ -72,8 +72,15 @@ def removable_groups(count: int, floor: int, multiple: int) -> int:
 
 
 def floor_and_multiple(kind: str, config: OTOConfig) -> tuple[int, int]:
-    """The least number of groups of a kind that a block keeps, and what the number kept is a multiple of."""
-    return (config.min_heads, 1) if kind == "heads" else (config.min_neurons, config.round_to)
+    """
+    The least number of groups of a kind that a block keeps, and what the number kept is a multiple of: of all or none,
+    where a table of latencies says that only the last of them saves much.
+    """
+    floor, multiple = (config.min_heads, 1) if kind == "heads" else (config.min_neurons, config.round_to)
+    table = config.latency_table
+    if table is not None and table.goes_whole(kind):
+        multiple = table.dense_heads if kind == "heads" else table.dense_neurons
+    return floor, multiple
 
 
 def allowance(share: float, total: int) -> int:
@@ -184,8 +191,19 @@ def check_target(partition: Partition, config: OTOConfig) -> None:
         raise ValueError(
             f"`target_sparsity`={config.target_sparsity} of {config.target_unit} cannot be reached: with "
             f"`min_heads`={config.min_heads}, `min_neurons`={config.min_neurons} and `round_to`={config.round_to} at "
-            f"most {int(found.reachable / found.total * 1e4) / 1e4} can go{whole}. Lower the target or the floors."
+            f"most {int(found.reachable / found.total * 1e4) / 1e4} can go{whole}. Lower the target or the "
+            f"floors{_to_zero(config)}."
         )
+
+
+def _to_zero(config: OTOConfig) -> str:
+    table = config.latency_table
+    kinds = [kind for kind in config.structures if table is not None and table.goes_whole(kind)]
+    if not kinds:
+        return ""
+    return (
+        f", those of {' and '.join(kinds)} to 0: by `latency_table` a block saves little before the last of them goes"
+    )
 
 
 def target_examples(partition: Partition, config: OTOConfig) -> dict[str, list[int]]:

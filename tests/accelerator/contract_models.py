@@ -12,6 +12,7 @@ from squad_data import byte_bpe, make_questions, wordpiece
 
 from hf_oto import HSPG, OTOConfig, QuestionAnswerer, compress, measure_latency, partition, shrink, summarize
 from hf_oto.config import LatencyTable
+from hf_oto.deploy.benchmark import measure
 from hf_oto.deploy.timing import device_name
 
 STEPS = 9  # warm-up 1, pruning 4, recovery 4
@@ -120,9 +121,23 @@ def test_answers_are_those_of_the_cpu(name, device):
         assert (one.start, one.end) == (other.start, other.end) and one.score == pytest.approx(other.score, rel=1e-3)
 
 
+METHODS = {"cpu": "clock", "cuda": "CUDA graph"}
+
+
+@pytest.mark.parametrize("name", EVERY[:1])
+def test_two_models_are_timed_where_they_are(name, device):
+    models = [tiny_model(name, intermediate_size=width).to(device) for width in (24, 8)]
+    (found,) = measure(*models, lengths=(8,), repeats=2, warmup=1)
+    assert found.method == METHODS.get(device.type, "device events") and found.device == device_name(device)
+    assert found.dense.median > 0 and found.pruned.median > 0 and found.macs_ratio > 1
+    if device.type != "cpu":
+        with pytest.raises(ValueError, match="of ONNX are timed on the CPU, got models on"):
+            measure(*models, backends=("onnx",), lengths=(8,))
+
+
 @pytest.mark.parametrize("name", READING)
 def test_latencies_are_measured_where_the_model_is(name, device):
     table = measure_latency(tiny_model(name).to(device), length=8, repeats=1, warmup=1)
     assert table.device == device_name(device) and table.total > table.num_layers * table.neurons[-1][1] > 0
-    assert device.type == "cpu" or table.method != "clock" or not hasattr(torch.get_device_module(device), "Event")
+    assert table.method == METHODS.get(device.type, "device events")
     assert LatencyTable.from_dict(table.to_dict()) == table

@@ -478,6 +478,13 @@ def test_bench_times_every_size_side_by_side(pair):
     assert f"| {rows[0]['macs_ratio']:.2f}x |" in text
 
 
+def test_bench_takes_another_dtype(pair):
+    options = ["--length", 8, "--threads", 1, "--repeats", 1, "--dtype", "bfloat16"]
+    (row,) = answered("bench", *pair, *options)["measurements"]
+    assert (row["dtype"], row["device"], row["method"]) == ("bfloat16", "cpu", "clock")
+    assert "1 runs each, 1 thread, bfloat16" in run("bench", *pair, *options).stdout
+
+
 def test_bench_sees_that_a_model_is_slower(tmp_path):
     saved(tmp_path / "slow", num_hidden_layers=12)
     saved(tmp_path / "fast", num_hidden_layers=1)
@@ -517,6 +524,18 @@ def test_bench_on_other_backends(backend, pair, monkeypatch):
 def test_what_cannot_be_timed_is_refused(pair, monkeypatch):
     assert "must be one of eager, compile, onnx, onnx-int8, got 'tpu'" in refused("bench", *pair, "--backend", "tpu")
     assert "`length` must be at most 39, what both models read, got 40" in refused("bench", *pair, "--length", 40)
+    assert "`dtype` must be one of float32, bfloat16, float16, got 'int8'" in refused(
+        "bench", *pair, "--dtype", "int8"
+    )
+    assert "`device` must be cpu, or cuda where there is one, got 'tpu'" in refused("bench", *pair, "--device", "tpu")
+    assert "`device` must be cpu, or cuda where there is one, got 'cuda'" in refused(
+        "bench", *pair, "--device", "cuda"
+    )
+    models = [transformers.AutoModel.from_pretrained(model) for model in pair]
+    with pytest.raises(
+        ValueError, match="must be on one device and of one dtype, got torch.float32 on cpu and torch.bf"
+    ):
+        benchmark.measure(models[0], models[1].bfloat16(), lengths=(8,))
     for name in ("batch-size", "length", "threads", "repeats", "warmup"):
         assert f"`{name.replace('-', '_')}` must be at least 1, got 0" in refused("bench", *pair, f"--{name}", 0)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

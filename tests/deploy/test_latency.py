@@ -12,8 +12,10 @@ from transformers import TrainingArguments
 
 from hf_oto import HSPG, OTOConfig, OTOTrainer, compress, measure_latency, partition, summarize
 from hf_oto.config import LatencyTable
+from hf_oto.deploy import latency_tables
 from hf_oto.deploy.latency_tables import _curves, _sizes
 from hf_oto.hspg.budget import check_target, removed_cost, target_examples
+from hf_oto.models.trial_inputs import example_batch
 
 BERT = ONE_EACH[0]
 ONCE = {"length": 8, "repeats": 1, "warmup": 1}
@@ -85,6 +87,7 @@ def test_a_table_goes_to_json_and_back(tmp_path):
         ({"neurons": [[0, 0], [9, 50], [8, 90], [24, 99]]}, r"`latency_table.neurons` must have counts that rise"),
         ({"neurons": [[24, 50]]}, r"must have counts that rise from 0 to `dense_neurons`=24, got \[24\]"),
         ({"neurons": {"0": 0}}, r"`latency_table.neurons` must be pairs of a count and nanoseconds"),
+        ({"method": "by hand"}, r"`latency_table.method` must be one of clock, CUDA graph, .* got 'by hand'"),
         ({"colour": "red"}, r"`latency_table` has \['colour'\], which is nothing of it"),
     ],
 )
@@ -160,6 +163,73 @@ def test_noise_leaves_no_group_free():
         assert all(end - start >= high - low for (low, start), (high, end) in pairs)
 
 
+class Takes:
+    """Stands for a timer: a kernel of 100 microseconds for heads, for neurons and for all else, widths hardly any."""
+
+    asked: list[bool] = []
+
+    def __init__(self, call, device, *, graphs=True):
+        groups = partition(call.func)
+        heads, neurons = groups.counts("heads"), groups.counts("neurons")
+        self.taken = sum(
+            0.1 + 0.1 * (h > 0) + 0.1 * (n > 0) + (h + n) / 1e4 for h, n in zip(heads, neurons, strict=True)
+        )
+        Takes.asked.append(graphs)
+        self.method = "device events" if heads[0] == 0 or not graphs else "CUDA graph"
+
+    def __call__(self):
+        return self.taken
+
+
+def test_sizes_that_are_timed_alone_are_all_timed_in_one_way(monkeypatch):
+    monkeypatch.setattr(latency_tables, "Timer", Takes)
+    model = tiny_model(BERT)
+    sizes = [(4, 24), (4, 0), (0, 24), (2, 8)]
+    batch = example_batch(model, 1, 8, padded=False)
+    times, method = latency_tables._timed_alone(model, partition(model), sizes, batch, repeats=2, warmup=1)
+    assert method == "device events" and Takes.asked == [True, True, True, False, False, False, False]
+    assert times == pytest.approx([1e6 * (0.1 + 0.1 * (h > 0) + 0.1 * (n > 0) + (h + n) / 1e4) for h, n in sizes])
+
+
+def kernels_table(groups, method="CUDA graph"):
+    """Of a structure nine parts in ten go with the last group alone."""
+    curves = {"heads": ((0, 0), (1, 920), (4, 1000)), "neurons": ((0, 0), (8, 920), (24, 1000))}
+    return dataclasses.replace(made_table(groups), total=8000, method=method, **curves)
+
+
+def test_where_kernels_are_the_price_whole_structures_go():
+    model = tiny_model(BERT)
+    groups, table = partition(model), kernels_table(partition(tiny_model(BERT)))
+    assert table.goes_whole("heads") and table.goes_whole("neurons") and "by CUDA graph" in table.conditions
+    config = latency_config(table, target_sparsity=0.4, min_heads=0, min_neurons=0, pruning_periods=2)
+    optimizer = HSPG(torch.optim.SGD(model.named_parameters(), lr=0.01), groups, config, 10)
+    for step in range(10):
+        model(**question_batch(model, step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gone = [float(mask.float().mean()) for mask in optimizer.zero_masks().values()]
+    assert sorted(gone) == [0, 0, 0, 1, 1, 1]  # 3000 of the 3200 that may go
+    assert optimizer.metrics()["removed_latency"] == 3000 / 8000
+
+
+def test_where_widths_are_the_price_any_group_may_go():
+    groups = partition(tiny_model(BERT))
+    for table in (
+        kernels_table(groups, method="clock"),
+        dataclasses.replace(table_of(tiny_model(BERT)), method="CUDA graph"),
+    ):
+        assert not (table.goes_whole("heads") and table.goes_whole("neurons"))
+
+
+def test_floors_that_no_whole_structure_leaves_are_named():
+    groups = partition(tiny_model(BERT))
+    config = latency_config(kernels_table(groups), target_sparsity=0.4)
+    with pytest.raises(
+        ValueError, match="at most 0.0 can go.* Lower .* floors, those of heads and neurons to 0: by `lat"
+    ):
+        check_target(groups, config)
+
+
 def test_what_cannot_be_measured_is_refused():
     model = tiny_model(BERT)
     for name, value in (("batch_size", 0), ("length", 0), ("repeats", 0), ("warmup", 0), ("threads", 0)):
@@ -175,7 +245,7 @@ def test_what_cannot_be_measured_is_refused():
         measure_latency(tiny_model("ViTModel"))
     with torch.device("meta"):
         empty = transformers.BertModel(model.config)
-    with pytest.raises(ValueError, match="with its weights on the CPU or a CUDA device, got meta"):
+    with pytest.raises(ValueError, match="must be whole and hold its weights, got none on the meta device"):
         measure_latency(empty)
     zero_uneven(model)
     with pytest.raises(ValueError, match="`model` is pruned already"):

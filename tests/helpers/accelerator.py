@@ -10,6 +10,7 @@ puts Trainer on it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -227,6 +228,22 @@ def _factories() -> Iterator[tuple[str, Any]]:
             yield full, func
 
 
+class _Event:
+    """A mark in the device's time, which is the processor's."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        _note("synchronize")
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 1000 * (end.at - self.at)
+
+
 def _module() -> Any:
     """`torch.standin`, as far as torch, accelerate and transformers ask it."""
     return SimpleNamespace(
@@ -238,6 +255,7 @@ def _module() -> Any:
         device_count=lambda: 1,
         synchronize=lambda device=None: _note("synchronize"),
         empty_cache=lambda: None,
+        Event=_Event,
         manual_seed=lambda seed: None,  # its random numbers are the CPU's
         manual_seed_all=lambda seed: None,
         get_rng_state=lambda device=None: torch.get_rng_state(),
