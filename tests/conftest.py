@@ -36,7 +36,8 @@ torch.set_num_threads(1)
 
 # The example's files are scripts that import each other, no package; so are the tests' helpers.
 TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS / "helpers"), str(TESTS.parent / "examples" / "squad")]
+EXAMPLES = TESTS.parent / "examples"
+sys.path[:0] = [str(TESTS / "helpers"), str(EXAMPLES / "squad"), str(EXAMPLES / "embeddings")]
 
 if DEVICE.startswith("standin"):
     import accelerator  # noqa: F401 (registers the device)

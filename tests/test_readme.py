@@ -11,6 +11,9 @@ from arguments import parse_arguments
 from families import tiny_model
 from hub import TOKEN, Hub
 from run_blocks import blocks, commands
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from squad_data import make_questions, squad, wordpiece, write
 
 from hf_oto import compress
@@ -28,6 +31,11 @@ def somebodys_files(folder):
     for name, model in (("bert-base-uncased", dense), ("dense", dense), ("bert-squad-oto", compress(dense))):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    body = folder / "body"
+    tiny_model("BertModel", vocab_size=len(tokenizer)).save_pretrained(body)
+    tokenizer.save_pretrained(body)
+    minilm = folder / "sentence-transformers" / "all-MiniLM-L6-v2"
+    SentenceTransformer(modules=[Transformer(str(body)), Pooling(32)], device="cpu").save_pretrained(str(minilm))
     (folder / "page.txt").write_text("It was written by Ada Lovelace in 1843.", encoding="utf-8")
     write(folder / "dev.json", squad(*make_questions(6, seed=1)))
 

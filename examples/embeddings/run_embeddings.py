@@ -118,12 +118,12 @@ def distillation_data(options: argparse.Namespace, original: SentenceTransformer
     """Sentences and passages in batches of their own, so that no batch is mostly padding."""
     files = [options.stsb / "train.csv", options.squad / "train.json", *options.texts]
     texts = {name: found[: options.max_samples] for name, found in texts_to_learn_from(files).items()}
-    embeddings = embeddings_of(texts["sentences"] + texts["passages"], original, options.embeddings)
-    parts = np.split(embeddings, [len(texts["sentences"])])
+    every = [text for part in texts.values() for text in part]
+    parts = np.split(embeddings_of(every, original, options.embeddings), np.cumsum([*map(len, texts.values())])[:-1])
     return DatasetDict(
         {
             name: Dataset.from_dict({"text": texts[name], "label": part})
-            for name, part in zip(("sentences", "passages"), parts, strict=True)
+            for name, part in zip(texts, parts, strict=True)
         }
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(])")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-ZÀ-ÞĀ-Ž\"'(])")
 LONG = 40  # words from which a text goes into the batches of passages
 
 
@@ -81,7 +81,8 @@ def read_texts(path: Path) -> list[str]:
 
 def texts_to_learn_from(paths: Iterable[Path], seed: int = 0) -> dict[str, list[str]]:
     """
-    Sentences and passages, each once. Long texts give more of either: every run of two to four of their sentences.
+    Sentences and passages, each once, or one of them where there are no others. Long texts give more of either: every
+    run of two to four of their sentences.
 
     Args:
         paths (`Iterable[Path]`): Files that [`read_texts`] reads.
@@ -97,8 +98,8 @@ def texts_to_learn_from(paths: Iterable[Path], seed: int = 0) -> dict[str, list[
             runs.append(" ".join(parts[:count]))
             parts = parts[generator.randint(1, count) :]
     texts = list(dict.fromkeys(texts + runs))
-    long = [len(text.split()) >= LONG for text in texts]
-    return {
-        "sentences": [text for text, is_long in zip(texts, long, strict=True) if not is_long],
-        "passages": [text for text, is_long in zip(texts, long, strict=True) if is_long],
+    found = {
+        "sentences": [text for text in texts if len(text.split()) < LONG],
+        "passages": [text for text in texts if len(text.split()) >= LONG],
     }
+    return {name: texts for name, texts in found.items() if texts}

@@ -19,6 +19,7 @@ from embedding_runs import (
     classes,
     colbert,
     embedder,
+    encoder_folder,
     lists,
     make,
     margins,
@@ -37,16 +38,19 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SparseEncoder,
 )
-from sentence_transformers.base.modules import Router
+from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.cross_encoder import losses as cross_losses
 from sentence_transformers.multi_vector_encoder import losses as multi_losses
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding
 from sentence_transformers.sparse_encoder import losses as sparse_losses
 from short_runs import StopAt
 
 from hf_oto import summarize
+from hf_oto.deploy import pooling as onnx_pooling
+from hf_oto.deploy.onnx_export import inference_session
+from hf_oto.deploy.onnx_folder import export_folder
 
 LOSSES = {
     "ranking": (lambda model: losses.MultipleNegativesRankingLoss(model), pairs),
@@ -351,3 +355,21 @@ def test_pushes_are_whole_and_a_stranger_pulls_the_last(tmp_path):
         found = run_stranger("me/embeds", tmp_path / "found.pt", tmp_path / "elsewhere", **here)
     expected = torch.load(tmp_path / "embeddings.pt", weights_only=True)
     assert float((found - expected).abs().max()) < 1e-5
+
+
+def test_an_onnx_file_with_pooling_inside_gives_what_encode_gives(tmp_path):
+    pytest.importorskip("onnxruntime")
+    body = Transformer(encoder_folder(tmp_path / "encoder"))
+    model = SentenceTransformer(modules=[body, Pooling(32, "mean"), Normalize()], device="cpu")
+    trainer = make(tmp_path / "run", model, scored(), losses.CoSENTLoss(model))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "small"))
+    small = SentenceTransformer(str(tmp_path / "small"), device="cpu")
+    pooling = onnx_pooling.Pooling.from_folder(tmp_path / "small")
+    export_folder(small.transformers_model, tmp_path / "onnx", tmp_path / "small", pooling=pooling)
+    session = inference_session(tmp_path / "onnx" / "onnx" / "model.onnx")
+    tokens = small.tokenizer(QUESTIONS[:8], padding=True, return_tensors="np")
+    names = [output.name for output in session.get_outputs()]
+    inputs = {value.name: tokens[value.name] for value in session.get_inputs()}
+    found = dict(zip(names, session.run(None, inputs), strict=True))["sentence_embedding"]
+    assert np.abs(found - model.encode(QUESTIONS[:8])).max() < 1e-5
