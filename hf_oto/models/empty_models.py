@@ -77,7 +77,13 @@ def plain_config(config: PreTrainedConfig, counts: BlockCounts) -> PreTrainedCon
     settings.pop("per_layer_config", None)
     cls: Any = getattr(transformers, f"{FAMILIES[dense_model_type(config.model_type)][0]}Config")
     settings |= block_fields(spec, settings, heads, neurons)
-    return cls(**settings, attn_implementation=config._attn_implementation)
+    try:
+        return cls(**settings, attn_implementation=config._attn_implementation)
+    except Exception as error:  # upstream has a kind of its own for what its checks refuse
+        raise ValueError(
+            f"`plain`=True is not possible with {heads} heads and {neurons} neurons in every block, which "
+            f"{cls.__name__} refuses: {error}"
+        ) from error
 
 
 def _settings(config: PreTrainedConfig) -> tuple[BlockSpec, dict[str, Any]]:

@@ -104,8 +104,6 @@ class GroupArray:
             where several do), or 1 for a neuron.
         rows (`tuple[Owned, ...]`): The parameters whose rows the groups own: weights and biases.
         columns (`str`): Name of the weight whose dim 1 is `[G * width]`.
-        silencers (`tuple[Owned, ...]`): The rows which, when zero, silence the group: value rows with their bias (the
-            context is zero whatever the attention weights), or the neuron's row with its bias (act(0) = 0).
         shared (`tuple[str, ...]`): Parameters that all groups use alike, and that go when none is left.
     """
 
@@ -115,7 +113,6 @@ class GroupArray:
     width: int
     rows: tuple[Owned, ...]
     columns: str
-    silencers: tuple[Owned, ...]
     shared: tuple[str, ...] = ()
 
     @property
@@ -167,10 +164,6 @@ class Partition:
     def block_counts(self) -> BlockCounts:
         """What every block has now."""
         return BlockCounts.of_arrays([array.count for array in self.arrays])
-
-    def counts(self, kind: str) -> tuple[int, ...]:
-        """Groups of a kind that every block has now, block by block."""
-        return getattr(self.block_counts, kind)
 
     def dense_count(self, kind: str) -> int:
         """Groups of a kind that every block had before any pruning."""
@@ -300,7 +293,6 @@ class _Kind:
     width: int
     rows: tuple[Owned, ...]
     columns: str
-    silencers: tuple[Owned, ...]
     shared: tuple[str, ...] = ()
 
     def weights(self, hidden_size: int) -> tuple[int, int]:
@@ -318,13 +310,11 @@ def _head_kind(spec: BlockSpec, fields: Mapping[str, Any], head_size: int, queri
     paths = attention_rows(spec, fields)
     widths = {path: head_size * (queries if path == spec.query else 1) for path in paths}
     leaves = ("weight", "bias") if has_bias(spec.query_bias, fields) else ("weight",)
-    value = (spec.query, spec.key).count(spec.value)  # which of the projections in its matrix it is
     return _Kind(
         "heads",
         head_size * queries,
         _rows(paths, widths, leaves),
         spec.attention_out,
-        tuple(Owned(f"{spec.value}.{leaf}", 0, head_size, (value,)) for leaf in leaves),
         tuple(f"{path}.weight" for path in spec.head_norms),
     )
 
@@ -332,8 +322,7 @@ def _head_kind(spec: BlockSpec, fields: Mapping[str, Any], head_size: int, queri
 def _neuron_kind(spec: BlockSpec, fields: Mapping[str, Any]) -> _Kind:
     paths = [spec.neurons_in] if spec.gate is None else [spec.neurons_in, spec.gate]
     leaves = ("weight", "bias") if has_bias(spec.neuron_bias, fields) else ("weight",)
-    silencers = tuple(Owned(f"{spec.neurons_in}.{leaf}", 0, 1) for leaf in leaves)
-    return _Kind("neurons", 1, _rows(paths, dict.fromkeys(paths, 1), leaves), spec.neurons_out, silencers)
+    return _Kind("neurons", 1, _rows(paths, dict.fromkeys(paths, 1), leaves), spec.neurons_out)
 
 
 def _rows(paths: list[str], widths: Mapping[str, int], leaves: tuple[str, ...]) -> tuple[Owned, ...]:
@@ -351,7 +340,7 @@ def _array(
         rest = {name for name in names if name.startswith((*parts, f"{prefix}{kind.columns}."))}
         if not pruned or rest - {f"{prefix}{kind.columns}.bias"}:
             raise ValueError(f"`model` has no plain linear layer at {columns!r}. Pass a model that is not adapted.")
-        return GroupArray(layer, kind.name, 0, kind.width, (), columns, ())
+        return GroupArray(layer, kind.name, 0, kind.width, (), columns)
     total = names[columns][-1]
     if total % kind.width:
         raise ValueError(
@@ -369,9 +358,8 @@ def _array(
                 f"`model` has {name!r} of shape {names.get(name)} where {shape} is expected. Pass a model whose "
                 f"projections are plain linear layers, not quantized or adapted."
             )
-    silencers = tuple(Owned(prefix + row.name, 0, row.width, row.blocks) for row in kind.silencers)
     shared = tuple(prefix + name for name in kind.shared)
-    return GroupArray(layer, kind.name, count, kind.width, rows, columns, silencers, shared)
+    return GroupArray(layer, kind.name, count, kind.width, rows, columns, shared)
 
 
 def _check_activation(block: nn.Module, path: str) -> None:

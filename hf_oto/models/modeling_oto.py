@@ -32,6 +32,12 @@ from .configuration_oto import (
 if not hasattr(getattr(transformers, "PreTrainedConfig", None), "per_layer_config"):
     raise ImportError(f"Pruned models need transformers 5.14 or later, got {transformers.__version__}. Upgrade it.")
 
+# Releases that are refused have none.
+from transformers.conversion_mapping import (  # noqa: E402
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+
 
 class PrunedModel(PreTrainedModel):
     """What the pruned models add to their dense classes: blocks of the sizes that the config gives."""
@@ -286,6 +292,9 @@ def _classes(model_type: str) -> dict[str, Any]:
     made = {config.__name__: config}
     for name in (f"{stem}{end}" for end in endings):
         made[f"OTO{name}"] = type(f"OTO{name}", (PrunedModel, getattr(transformers, name)), {"config_class": config})
+        # By the class's name upstream knows under which older names a family's weights are written and read.
+        if (renamed := get_checkpoint_conversion_mapping(name)) is not None:
+            register_checkpoint_conversion_mapping(f"OTO{name}", renamed, overwrite=True)
     globals().update(made)  # where pickle looks for them
     found = {"AutoConfig": config}
     for auto in AUTO_CLASSES:

@@ -225,7 +225,7 @@ def test_only_what_may_be_removed_is_cut():
     config = DEEP | {"structures": ("heads",), "target_sparsity": 0.5}
     optimizer = optimizer_for(model, config=config)
     train(model, optimizer, STEPS, shrinks=True)
-    assert partition(model).counts("neurons") == (24,) * 3 and sum(partition(model).counts("heads")) == 6
+    assert partition(model).block_counts.neurons == (24,) * 3 and sum(partition(model).block_counts.heads) == 6
 
 
 @pytest.mark.parametrize("name", ONE_EACH)

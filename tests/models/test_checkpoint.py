@@ -148,6 +148,43 @@ def test_base_model_and_task_head_load_from_each_other(name, tmp_path, caplog, r
         assert counts(AutoModel.from_pretrained(tmp_path / str(number))) == KEPT
 
 
+# Each family's base model with a head; weights may be read and written under older names. In decoders for question
+# answering upstream has the base model under another name, and loads nothing.
+PAIRS = [
+    (names[0], names[1] if names[1].endswith("CausalLM") else names[-1]) for names in MODELS.values() if len(names) > 1
+]
+
+
+@pytest.mark.parametrize(("base", "task"), PAIRS)
+def test_every_familys_base_model_and_task_head_load_from_each_other(base, task, tmp_path):
+    model = pruned(task)
+    model.save_pretrained(tmp_path / "task")
+    part = auto_class(base).from_pretrained(tmp_path / "task")
+    assert type(part).__name__ == f"OTO{base}"
+    mine, found = model.base_model.state_dict(), part.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in mine.items())
+    model = pruned(base)
+    model.save_pretrained(tmp_path / "base")
+    whole = auto_class(task).from_pretrained(tmp_path / "base")
+    assert type(whole).__name__ == f"OTO{task}"
+    mine, found = model.state_dict(), whole.base_model.state_dict()
+    assert all(torch.equal(value, mine[key]) for key, value in found.items())
+
+
+def test_features_of_images_come_from_a_classifiers_checkpoint(tmp_path):
+    from PIL import Image
+
+    model = pruned("ViTForImageClassification")
+    model.save_pretrained(tmp_path)
+    transformers.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    extract = transformers.pipeline("image-feature-extraction", model=str(tmp_path))
+    image = Image.new("RGB", (20, 20), (200, 10, 90))
+    pixels = extract.image_processor(image, return_tensors="pt")
+    with torch.no_grad():
+        expected = model.base_model(**pixels).last_hidden_state
+    assert torch.allclose(torch.tensor(extract(image)), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "RobertaForMaskedLM", "ElectraForMaskedLM"])
 def test_tied_embeddings_are_tied_when_loaded(name, tmp_path):
     pruned(name).save_pretrained(tmp_path)

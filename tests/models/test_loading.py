@@ -160,3 +160,34 @@ def test_older_transformers_are_told_what_is_needed(folder, tmp_path):
     """As simulated here; with 4.57.6 itself it was tried by hand."""
     found = run_fresh(OLD_TRANSFORMERS, folder, home=tmp_path, with_hf_oto=False).strip()
     assert found == "Pruned models need transformers 5.14 or later, got 4.57.6. Upgrade it."
+
+
+ADAPTERS = """
+import sys
+
+sys.path.insert(0, "packages")
+if sys.argv[1] == "before":
+    import hf_oto
+import peft.utils.constants as constants
+import hf_oto
+
+table = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+assert table["oto_bert"] == table["bert"] == ["query", "value"] and "gpt2" in table
+assert table["oto_xlm_roberta"] == ["query"] and "oto_gpt2" not in table and "oto_llama" not in table
+assert constants.__spec__.loader is constants.__loader__ and constants.EMBEDDING_LAYER_NAMES == ["embed_tokens"]
+"""
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_adapters_go_where_they_go_in_the_familys_dense_models(order, tmp_path):
+    """With a package that has peft's tables at peft's place; peft 0.21.2 itself was tried by hand."""
+    folder = tmp_path / "packages" / "peft" / "utils"
+    folder.mkdir(parents=True)
+    for name in (folder.parent / "__init__.py", folder / "__init__.py"):
+        name.write_text("")
+    (folder / "constants.py").write_text(
+        "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = "
+        "{'bert': ['query', 'value'], 'xlm-roberta': ['query'], 'gpt2': ['c_attn']}\n"
+        "EMBEDDING_LAYER_NAMES = ['embed_tokens']\n"
+    )
+    run_fresh(ADAPTERS, order, home=tmp_path)
