@@ -47,6 +47,26 @@ settings.register_profile("hf_oto", deadline=None, derandomize=True)
 settings.load_profile("hf_oto")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--quick", action="store_true", help="only what tests/quick.txt lists: one test of every contract"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--quick"):
+        return
+    first = {}  # case of a parametrized test
+    for item in items:
+        first.setdefault(item.nodeid.partition("[")[0], item)
+    listed = [line for line in (TESTS / "quick.txt").read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
+    if missing := [name for name in listed if name not in first]:
+        raise pytest.UsageError(f"tests/quick.txt lists what was not collected: {', '.join(missing)}")
+    chosen = [first[name] for name in listed]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     random.seed(0)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from price import PriceMixin
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
@@ -62,5 +63,5 @@ class QuestionAnsweringMixin:
         return output
 
 
-class QuestionAnsweringTrainer(QuestionAnsweringMixin, Trainer):
-    """Plain [`Trainer`] that scores answers."""
+class QuestionAnsweringTrainer(QuestionAnsweringMixin, PriceMixin, Trainer):
+    """Plain [`Trainer`] that scores answers, and counts what it costs."""

@@ -13,6 +13,8 @@ from arguments import CompressionArguments, DataArguments, ModelArguments, parse
 from datasets import Dataset, load_dataset
 from features import check_tokenizer, feature_maker
 from outputs import Results, check_output_dir, progress_bars, remove_checkpoints, write_json
+from precision import made_for_bf16
+from price import PriceMixin
 from qa_trainer import PostProcess, QuestionAnsweringMixin, QuestionAnsweringTrainer
 from reading import check_examples, read_squad
 from transformers import (
@@ -35,8 +37,17 @@ logger = logging.getLogger("run_squad")
 METRIC = str(Path(__file__).resolve().parent / "squad_score")
 
 
-def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and its tokenizer, from a checkpoint or from scratch."""
+def load_model(
+    arguments: ModelArguments, auto: Any = AutoModelForQuestionAnswering, **labels: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    The model and its tokenizer, from a checkpoint or from scratch.
+
+    Args:
+        arguments (`ModelArguments`): Which.
+        auto (`type`, *optional*, defaults to `AutoModelForQuestionAnswering`): The Auto class of its head.
+        labels: What the config has to say of the head.
+    """
     source = {
         "cache_dir": arguments.cache_dir,
         "revision": arguments.model_revision,
@@ -44,14 +55,14 @@ def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTo
     }
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name or arguments.model_name_or_path, **source)
     check_tokenizer(tokenizer)
-    config = AutoConfig.from_pretrained(arguments.config_name or arguments.model_name_or_path, **source)
+    config = AutoConfig.from_pretrained(arguments.config_name or arguments.model_name_or_path, **source, **labels)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"The tokenizer has {len(tokenizer)} entries, the model's vocabulary {config.vocab_size}.")
     attention = {"attn_implementation": arguments.attn_implementation}
     if arguments.model_name_or_path is None:
-        return AutoModelForQuestionAnswering.from_config(config, **attention), tokenizer
+        return auto.from_config(config, **attention), tokenizer
     name = arguments.model_name_or_path
-    model = AutoModelForQuestionAnswering.from_pretrained(name, config=config, **attention, **source)
+    model = auto.from_pretrained(name, config=config, **attention, **source)
     return model, tokenizer
 
 
@@ -142,8 +153,8 @@ def trainer_class(compression: CompressionArguments) -> tuple[type[Trainer], dic
     if config is None:
         return QuestionAnsweringTrainer, {}
 
-    class QuestionAnsweringOTOTrainer(QuestionAnsweringMixin, OTOTrainer):
-        """[`OTOTrainer`] that scores answers."""
+    class QuestionAnsweringOTOTrainer(QuestionAnsweringMixin, PriceMixin, OTOTrainer):
+        """[`OTOTrainer`] that scores answers, and counts what it costs."""
 
     return QuestionAnsweringOTOTrainer, {"oto_config": config, "teacher": compression.teacher_name_or_path}
 
@@ -177,6 +188,11 @@ def run(
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(training.get_process_log_level())
     transformers.utils.logging.set_verbosity(training.get_process_log_level())
+    if (training.bf16 or training.bf16_full_eval) and training.device.type == "cpu" and not made_for_bf16():
+        logger.warning(
+            "bfloat16 will be slow, many times as slow as float32: this processor has no instructions for it "
+            "(AVX-512 BF16 or AMX). Leave out `--bf16` and `--bf16_full_eval`."
+        )
 
     set_seed(training.seed)
     model, tokenizer = load_model(model_arguments)
@@ -220,7 +236,7 @@ def run(
             zeroed = trainer.evaluate(metric_key_prefix="zeroed")
         trainer.save_model()
         trainer.save_state()
-        results.add("train", {**trained, "train_samples": len(windows["train"])})
+        results.add("train", {**trained, **trainer.price, "train_samples": len(windows["train"])})
         if compression.compress:
             # What counts is what a user gets: the small model as it is on disk.
             trainer.accelerator.wait_for_everyone()

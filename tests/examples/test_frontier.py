@@ -13,17 +13,18 @@ from transformers import AutoModelForQuestionAnswering
 from hf_oto import OTOConfig, partition
 
 
-def line(method, seed, target=None, f1=80.0, size=100, macs=50):
+def line(method, seed, target=None, score=80.0, size=100, macs=50, price=1000):
     run = Run(method, seed, target)
-    numbers = {"f1": f1, "exact_match": f1, "encoder_parameters": size, "macs": macs}
+    numbers = {"score": score, "exact_match": score, "encoder_parameters": size, "macs": macs}
+    numbers |= {"steps": 60, "price": price}
     return {"run": str(run), "method": method, "seed": seed, "target": target, **numbers}
 
 
 LINES = [
     line("dense", 0),
-    line("dense", 1, f1=90.0),
-    line("hspg", 0, 0.5, 76.0, 50, 26),
-    line("hspg", 1, 0.5, 88.2, 50, 28),
+    line("dense", 1, score=90.0),
+    line("hspg", 0, 0.5, 76.0, 50, 26, 600),
+    line("hspg", 1, 0.5, 88.2, 50, 28, 800),
     line("hspg", 0, 0.3, 80.0, 70, 36),
     line("layers+teacher", 0, 0.5, 60.0, 50, 25),
     line("hspg", 2, 0.5, 1.0, 50, 25),  # its dense run is not there
@@ -56,12 +57,8 @@ def test_table_and_picture(tmp_path):
     console = Console(record=True, width=120)
     console.print(result_table(LINES))
     shown = [row.split() for row in console.export_text().splitlines() if "hspg" in row]
-    assert shown[1][1:] == ["hspg", "│", "50%", "│", "2", "│", "50.0%", "│", "54.0%", "│", "82.10", "│"] + [
-        "96.5%",
-        "±",
-        "1.5%",
-        "│",
-    ]
+    cells = [cell for cell in shown[1] if cell != "│"]
+    assert cells == ["hspg", "50%", "2", "50.0%", "54.0%", "60", "0.70", "82.10", "96.5%", "±", "1.5%"]
     plot(LINES, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").read_bytes()[1:4] == b"PNG"
 
@@ -107,6 +104,13 @@ def test_a_tiny_frontier_from_end_to_end(tmp_path, capfd):
             loaded = AutoModelForQuestionAnswering.from_pretrained(folder)
             assert loaded.num_parameters() == one["parameters"]
 
+    # Price and steps: shrinking is cheaper, and who needs the dense run pays for it.
+    found = {one["method"]: (one["steps"], one["price"] / lines[0]["price"]) for one in lines}
+    assert [found[method][0] for method in ("dense", *methods)] == [24, 24, 48, 24, 24, 48]
+    assert found["published"][1] == pytest.approx(1) and found["one-shot"] == (24, 1)
+    assert 0.55 < found["hspg"][1] < 0.85  # four steps of warm-up, ten in which more and more is cut
+    assert 1.8 < found["hspg+teacher"][1] < 2.2 and 1.7 < found["layers+teacher"][1] < 2
+
     # A second call runs nothing; a line that is gone is run again, and other options are refused.
     path = tmp_path / "out" / "runs.jsonl"
     before = path.read_text(encoding="utf-8")
@@ -114,7 +118,7 @@ def test_a_tiny_frontier_from_end_to_end(tmp_path, capfd):
     assert frontier.main(command) == lines and path.read_text(encoding="utf-8") == before
     assert "run_squad.py" not in capfd.readouterr().out
     path.write_text("".join(before.splitlines(keepends=True)[:-2]), encoding="utf-8")
-    assert frontier.main([*command, "--methods", "one-shot"])[-1]["f1"] == lines[4]["f1"]
+    assert frontier.main([*command, "--methods", "one-shot"])[-1]["score"] == lines[4]["score"]
     assert capfd.readouterr().out.count("run_squad.py --output_dir") == 1
     with pytest.raises(ValueError, match="holds runs of other options"):
         frontier.main([*command, "--learning_rate", "1e-4"])

@@ -331,6 +331,37 @@ def test_compressed_training_leaves_a_small_model_that_scores_as_the_zeroed_one(
         assert again[name] == results[name]
 
 
+def test_bfloat16_on_a_processor_that_is_not_made_for_it_is_said_to_be_slow(work, tmp_path, monkeypatch, caplog):
+    for able in (True, False):
+        monkeypatch.setattr("run_squad.made_for_bf16", lambda able=able: able)
+        caplog.clear()
+        run(work, tmp_path / str(able), "--do_eval", "--bf16", "--max_eval_samples", "2", validation="dev")
+        said = [record.getMessage() for record in caplog.records if "bfloat16" in record.getMessage()]
+        assert len(said) == (not able)
+    assert "will be slow" in said[0] and "Leave out `--bf16`" in said[0]
+    monkeypatch.setattr("run_squad.made_for_bf16", lambda: 1 / 0)  # not asked without it
+    run(work, tmp_path / "float32", "--do_eval", "--max_eval_samples", "2", validation="dev")
+
+
+def test_the_price_counts_every_step_as_large_as_the_model_is_in_it(work, tmp_path):
+    """In float32, of windows that are all padded to 64 tokens: dense, shrunk on the way, and with a teacher."""
+    batch = ("--max_steps", "40", "--pad_to_max_length", "--do_train")
+    shrinking = ("--compress", "--pruning_periods", "4", "--shrink_during_training", "True", "--logging_steps", "1")
+    dense = run(work, tmp_path / "dense", *batch, train="train")
+    pruned = run(work, tmp_path / "pruned", *batch, *shrinking, train="train")
+    teacher = ("--compress", "--target_sparsity", "0", "--teacher_name_or_path", str(work / "model"))
+    taught = run(work, tmp_path / "taught", *batch, *teacher, train="train")
+    windows = dense["train_samples"]
+    epochs, rest = divmod(40, -(-windows // 8))
+    rows = epochs * windows + 8 * rest
+    assert dense["train_steps"] == pruned["train_steps"] == 40
+    assert dense["train_macs"] == 3 * rows * dense["macs"]  # one forward, and twice as much to go back
+    assert taught["train_macs"] == 4 * rows * dense["macs"]
+    # Six steps of warm-up in full size, eighteen in which it is cut four times, and all others small.
+    assert 0.6 * dense["train_macs"] < pruned["train_macs"] < 0.85 * dense["train_macs"]
+    assert pruned["train_macs"] > 3 * rows * pruned["macs"]
+
+
 @pytest.mark.parametrize("disabled", [False, True])
 def test_all_that_takes_long_has_a_bar_unless_they_are_disabled(work, tmp_path, capfd, disabled):
     more = ["--compress", "--do_train", "--do_eval", "--max_train_samples", "8", "--max_steps", "24"]

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the example's ow
 
 import torch
 from outputs import write_json
-from rich.console import Console
+from precision import choose_bf16
+from processes import console
 from rich.table import Table
 from torch import is_tensor
 from torch.optim import AdamW
@@ -44,8 +45,6 @@ STAGES = ("warmup", "pruning", "selection", "recovery")
 AT_REST = ", at rest"  # steps that no saliency is gathered in, as most are in a long run
 RATES = {"lr": 1e-4, "fused": True}
 
-console = Console()
-
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -56,7 +55,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16, help="Sequences of a step.")
     parser.add_argument("--length", type=int, default=384, help="Tokens of a sequence.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where it runs.")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="Train under autocast.")
+    parser.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, help="Train under autocast; by default if made for it."
+    )
     parser.add_argument("--output", type=Path, default=Path("build/cost.json"), help="The numbers.")
     parser.add_argument("--memory_of", choices=("dense", "pruned"), help=argparse.SUPPRESS)  # in a process of its own
     return parser.parse_args(arguments)
@@ -349,6 +350,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.memory_of:
         print(memory_of(options))
         return {}
+    options.bf16 = choose_bf16(options.bf16, options.device)
     numbers: dict[str, Any] = {
         "options": {
             name: value if isinstance(value, int | float | list) else str(value)

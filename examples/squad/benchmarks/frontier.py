@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""How much F1 each way of making a model small keeps, at each size: every method, target and seed in one command.
+"""How much each way of making a model small keeps, at each size: every method, target and seed in one command.
 
 Every run is one `run_squad.py` of the same steps, in a process of its own; its numbers become a line of `runs.jsonl`.
 A command that was stopped goes on where it was. Options that are not listed here go to `run_squad.py`: the model, the
-files, the learning rate. Without `--train_file` or `--dataset_name` it runs on the made-up questions of the demo.
+files, the learning rate. Without `--train_file` or `--dataset_name` it runs on the made-up questions of the demo. With
+`--task` it runs `run_task.py`, to which those options go then.
 """
 
 import argparse
@@ -11,8 +12,10 @@ import json
 import shutil
 import statistics
 import sys
+import threading
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the example's ow
 import torch
 from arguments import parse_arguments
 from demo.run_demo import common_options, make_inputs, step_options
-from processes import console, run_squad
+from precision import choose_bf16
+from processes import SCRIPT, console, run_squad
 from rich.table import Table
 from run_squad import load_model
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks import run_task
+from benchmarks.tasks import TASKS
 from hf_oto import HSPG, OTOConfig, compress, partition
 from hf_oto.models.configuration_oto import BLOCK_SPECS
 
@@ -52,6 +58,30 @@ TAUGHT_OPTIONS = ["--hidden_state_weight", "10", "--lr_scheduler_type", "warmup_
 
 
 @dataclass(frozen=True)
+class Task:
+    """What the runs train: the script, the Auto class of its models, what makes the one to start from, and the name of
+    the score in the script's numbers and in tables."""
+
+    script: Path
+    auto: Any
+    start: Callable[[list[str]], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+    score: str
+    label: str
+
+
+def start_squad(options: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return load_model(parse_arguments(options)[0])
+
+
+SQUAD = "squad"
+RUN_BY = {SQUAD: Task(SCRIPT, AutoModelForQuestionAnswering, start_squad, "eval_f1", "F1")}
+RUN_BY |= {
+    name: Task(Path(run_task.__file__), task.auto, run_task.start, "eval_score", task.label)
+    for name, task in TASKS.items()
+}
+
+
+@dataclass(frozen=True)
 class Run:
     """One training, or one cut. The dense run has no target."""
 
@@ -71,6 +101,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         epilog="methods:\n" + "\n".join(f"  {name:18} {text}" for name, text in {**METHODS, **DISTILLED}.items()),
         allow_abbrev=False,
     )
+    parser.add_argument("--task", choices=RUN_BY, default=SQUAD, help="What is learnt.")
+    parser.add_argument("--jobs", type=int, default=1, help="Runs side by side, each with a log of its own in `logs`.")
     parser.add_argument("--output_dir", type=Path, default=OUTPUT_DIR, help="Lines, pictures and dense models.")
     parser.add_argument("--methods", nargs="+", default=known, choices=known, metavar="METHOD", help="All, or some.")
     parser.add_argument("--targets", nargs="+", type=float, default=list(TARGETS), help="Shares to be removed.")
@@ -98,12 +130,17 @@ class Frontier:
         folder (`Path`): Where the lines are, and the dense model of every seed.
         options (`list[str]`): Of `run_squad.py`, the same for every run of a seed.
         seed_options (`dict[int, list[str]]`): Those that differ from seed to seed.
+        task (`Task`): What is learnt.
+        jobs (`int`, *optional*, defaults to 1): Runs that other threads ask for meanwhile, this one counted in.
 
     Raises:
         `ValueError`: The folder holds lines of other options.
     """
 
-    def __init__(self, folder: Path, options: list[str], seed_options: dict[int, list[str]]) -> None:
+    def __init__(
+        self, folder: Path, options: list[str], seed_options: dict[int, list[str]], task: Task, jobs: int = 1
+    ) -> None:
+        self.task, self.jobs, self.lock = task, jobs, threading.Lock()
         self.folder = folder
         self.options = options
         self.seed_options = seed_options
@@ -119,10 +156,29 @@ class Frontier:
             if line["run"] == str(run):
                 return line
         results = self._one_shot(run) if run.method == "one-shot" else self._train(run)
-        line = {"run": str(run), **asdict(run), **numbers(results), "options": self.options}
-        with open(self.folder / RUNS, "a", encoding="utf-8") as file:
+        line = {"run": str(run), **asdict(run), **self._numbers(run, results), "options": self.options}
+        with self.lock, open(self.folder / RUNS, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         return line
+
+    def _numbers(self, run: Run, results: dict[str, Any]) -> dict[str, Any]:
+        """What a line says of a run. Its price is that of all that it needs: of the dense run, too, where that teaches
+        or is what is cut."""
+        found = numbers(results, self.task)
+        if run.method == "one-shot" or "+" in run.method:
+            dense = next(line for line in read_lines(self.folder) if line["run"] == str(Run(DENSE, run.seed)))
+            for name in ("steps", "price"):
+                found[name] += dense[name]
+        return found
+
+    def _call(self, run: Run, options: list[str]) -> dict[str, Any]:
+        """The script's numbers, run with these options."""
+        log = None
+        if self.jobs > 1:
+            log = self.folder / "logs" / f"{run}.log"
+            log.parent.mkdir(exist_ok=True)
+        options = [*options, "--overwrite_output_dir"]
+        return run_squad(self.folder / str(run), *options, script=self.task.script, log=log, jobs=self.jobs)
 
     def _train(self, run: Run) -> dict[str, Any]:
         method, _, taught = run.method.partition("+")
@@ -148,7 +204,7 @@ class Frontier:
             options += ["--compress", "--target_sparsity", "0"] if taught else []
         if taught:
             options += ["--teacher_name_or_path", str(self._dense(run.seed)), *TAUGHT_OPTIONS]
-        return run_squad(self.folder / str(run), *options, "--overwrite_output_dir")
+        return self._call(run, options)
 
     def _dense(self, seed: int) -> Path:
         return self.folder / str(Run(DENSE, seed))
@@ -156,18 +212,18 @@ class Frontier:
     def _one_shot(self, run: Run) -> dict[str, Any]:
         """Cut the dense model, and score it as it is."""
         target = self.folder / f"{run}-cut"
-        model = AutoModelForQuestionAnswering.from_pretrained(self._dense(run.seed))
+        model = self.task.auto.from_pretrained(self._dense(run.seed))
         cut(model, OTOConfig(target_sparsity=run.target, saliency="magnitude")).save_pretrained(target)
         AutoTokenizer.from_pretrained(self._dense(run.seed)).save_pretrained(target)
         options = [*self.options, *self.seed_options[run.seed], "--model_name_or_path", str(target), "--do_eval"]
         try:
-            return run_squad(self.folder / str(run), *options, "--overwrite_output_dir")
+            return self._call(run, options)
         finally:
             shutil.rmtree(target)
 
     def _start(self, options: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """What the runs start from."""
-        return load_model(parse_arguments([*options, "--output_dir", str(self.folder)])[0])
+        return self.task.start([*options, "--output_dir", str(self.folder)])
 
     def _with_first_blocks(self, run: Run, options: list[str]) -> Path:
         """The model to start from, without its last blocks (Sajjad et al., 2020, arXiv:2004.03844), as many as fit."""
@@ -216,10 +272,12 @@ def cut(model: PreTrainedModel, config: OTOConfig) -> PreTrainedModel:
     return compress(model)
 
 
-def numbers(results: dict[str, Any]) -> dict[str, Any]:
-    """What a line says of a run."""
-    names = ("eval_f1", "eval_exact_match", "encoder_parameters", "macs", "parameters", "train_runtime")
-    return {name.removeprefix("eval_"): results.get(name) for name in names}
+def numbers(results: dict[str, Any], task: Task) -> dict[str, Any]:
+    """Score, size and price: steps, and multiply-accumulates of the training, shrinking counted."""
+    names = ("eval_exact_match", "encoder_parameters", "macs", "parameters", "train_runtime")
+    found = {name.removeprefix("eval_"): results.get(name) for name in names}
+    price = {"steps": results.get("train_steps", 0), "price": results.get("train_macs", 0)}
+    return {"score": results[task.score], **found, **price}
 
 
 def read_lines(folder: Path) -> list[dict[str, Any]]:
@@ -228,9 +286,9 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def retained(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every pruned run's F1, size and MACs as shares of the dense run's of its seed."""
+    """Every pruned run's score, size, MACs and price as shares of the dense run's of its seed."""
     dense = {line["seed"]: line for line in lines if line["method"] == DENSE}
-    shares = {"retained": "f1", "kept": "encoder_parameters", "macs_kept": "macs"}
+    shares = {"retained": "score", "kept": "encoder_parameters", "macs_kept": "macs", "share_of_price": "price"}
     return [
         {**line, **{share: line[name] / dense[line["seed"]][name] for share, name in shares.items()}}
         for line in lines
@@ -256,9 +314,11 @@ def spread(lines: list[dict[str, Any]]) -> float:
     return (max(values) - min(values)) / 2
 
 
-def result_table(lines: list[dict[str, Any]]) -> Table:
-    table = Table(title="F1 kept of the dense run's, mean and half the range over seeds")
-    for column in ("method", "target", "seeds", "weights", "MACs", "F1", "F1 kept"):
+def result_table(lines: list[dict[str, Any]], label: str = "F1") -> Table:
+    table = Table(
+        title=f"{label} kept of the dense run's, mean and half the range over seeds; price of the dense run's"
+    )
+    for column in ("method", "target", "seeds", "weights", "MACs", "steps", "price", label, "kept"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for method, targets in by_method(retained(lines)).items():
         for target, found in targets.items():
@@ -268,14 +328,16 @@ def result_table(lines: list[dict[str, Any]]) -> Table:
                 str(len(found)),
                 f"{mean(found, 'kept'):.1%}",
                 f"{mean(found, 'macs_kept'):.1%}",
-                f"{mean(found, 'f1'):.2f}",
+                f"{mean(found, 'steps'):,.0f}",
+                f"{mean(found, 'share_of_price'):.2f}",
+                f"{mean(found, 'score'):.2f}",
                 f"{mean(found, 'retained'):.1%} ± {spread(found):.1%}",
             )
     return table
 
 
-def plot(lines: list[dict[str, Any]], path: Path) -> None:
-    """F1 kept against kept encoder weights, and against MACs; the bars reach from the worst seed to the best."""
+def plot(lines: list[dict[str, Any]], path: Path, label: str = "F1") -> None:
+    """The score kept against kept encoder weights, and against MACs; bars reach from the worst seed to the best."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -283,7 +345,7 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.ticker import PercentFormatter
 
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for panel, (name, label) in zip(
+    for panel, (name, size) in zip(
         panels, {"kept": "encoder weights kept", "macs_kept": "MACs kept"}.items(), strict=True
     ):
         panel.axhline(1, color="0.6", linewidth=1, linestyle=":")
@@ -299,11 +361,11 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
                 marker="osD^vPX*<>"[number],
                 capsize=2,
             )
-        panel.set_xlabel(label)
+        panel.set_xlabel(size)
         panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("F1 kept")
+    panels[0].set_ylabel(f"{label} kept")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(METHODS), fontsize="small")
     figure.savefig(path, dpi=150)
@@ -320,28 +382,36 @@ def made_up(folder: Path, options: argparse.Namespace) -> tuple[list[str], dict[
             make_inputs(data, argparse.Namespace(**{**vars(options), "seed": seed}))
         names = {"model_name_or_path": "model", "train_file": "train.json", "validation_file": "dev.json"}
         seed_options[seed] = [part for name, path in names.items() for part in (f"--{name}", str(data / path))]
-    return [*step_options(options.steps), *common_options()], seed_options
+    return [*step_options(options.steps), *common_options(choose_bf16())], seed_options
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Run what is missing, and return all lines of the folder."""
     options, passed_on = parse(arguments)
-    folder = options.output_dir.resolve()
+    folder, task = options.output_dir.resolve(), RUN_BY[options.task]
     seed_options: dict[int, list[str]] = {seed: [] for seed in options.seeds}
-    if not any(part.startswith(("--train_file", "--dataset_name")) for part in passed_on):
+    if options.task != SQUAD:
+        passed_on = ["--task", options.task, *passed_on]
+    elif not any(part.startswith(("--train_file", "--dataset_name")) for part in passed_on):
         common, seed_options = made_up(folder, options)
         passed_on = [*common, *passed_on]
-    frontier = Frontier(folder, passed_on, seed_options)
+    frontier = Frontier(folder, passed_on, seed_options, task, options.jobs)
     folder.mkdir(parents=True, exist_ok=True)
-    for run in plan(options.methods, options.targets, options.seeds):
+
+    def finish(run: Run) -> None:
         frontier.run(run)
         if run.method != DENSE and not options.keep_models:
             for path in (folder / str(run), folder / f"{run}-start"):
                 shutil.rmtree(path, ignore_errors=True)
+
+    runs = plan(options.methods, options.targets, options.seeds)
+    with ThreadPoolExecutor(options.jobs) as pool:  # the dense runs first: others start from them
+        for wave in ([run for run in runs if run.method == DENSE], [run for run in runs if run.method != DENSE]):
+            list(pool.map(finish, wave))
     lines = read_lines(folder)
     if retained(lines):
-        plot(lines, folder / "frontier.png")
-        console.print(result_table(lines))
+        plot(lines, folder / "frontier.png", task.label)
+        console.print(result_table(lines, task.label))
     return lines
 
 

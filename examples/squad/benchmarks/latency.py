@@ -16,10 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the example's ow
 
 import torch
 from outputs import write_json
+from processes import console
 from rich.table import Table
 from transformers import BertConfig, BertForQuestionAnswering, PreTrainedModel
 
-from benchmarks.cost import SIZES, console
+from benchmarks.cost import SIZES
 from hf_oto import OTOConfig, measure_latency, partition
 from hf_oto.hspg.budget import removed_cost, target_examples
 from hf_oto.models.surgery import keep_groups

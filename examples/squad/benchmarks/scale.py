@@ -16,11 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the example's ow
 
 import torch
 from outputs import write_json
+from processes import console
 from rich.table import Table
 from torch.optim import AdamW
 from transformers import BertConfig, BertModel
 
-from benchmarks.cost import SIZES, console, seconds
+from benchmarks.cost import SIZES, seconds
 from hf_oto import HSPG, OTOConfig, partition
 from hf_oto.hspg.budget import allowance, dense_cost, floor_and_multiple, group_cost, select_groups
 from hf_oto.models.groups import Partition

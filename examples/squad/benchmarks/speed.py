@@ -16,10 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the example's ow
 
 import torch
 from outputs import write_json
+from processes import console
 from rich.table import Table
 from transformers import BertConfig, BertForQuestionAnswering
 
-from benchmarks.cost import SIZES, console
+from benchmarks.cost import SIZES
 from benchmarks.frontier import cut
 from hf_oto import OTOConfig
 from hf_oto.deploy.benchmark import BACKENDS, Measurement, measure
