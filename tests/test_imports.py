@@ -14,7 +14,17 @@ WINGS = {"": 0, "cli": 1, "training": 2, "deploy": 2, "report": 3, "hspg": 4, "m
 ROOMS = {
     "cli": ["app", "inspect", "compress", "bench", "latency", "export", "answer", "loading", "printing"],
     "training": [
-        *("sentence_transformers", "trainer", "pruning", "attaching", "checkpoints", "hub", "saving", "search"),
+        *(
+            "sentence_transformers",
+            "trainer",
+            "pruning",
+            "attaching",
+            "data_parallel",
+            "checkpoints",
+            "hub",
+            "saving",
+            "search",
+        ),
         *("showing", "pruned_part", "refusals", "teaching", "distillation", "zeros"),
     ],
     "deploy": [

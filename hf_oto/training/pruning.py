@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.utils import logging
@@ -22,6 +23,7 @@ from ..models.sharding import is_sharded
 from ..models.surgery import check_compressible, shrink
 from . import checkpoints, showing
 from .attaching import decay_in_recovery, goes_on, hspg_in, optimizers_in, settled_config, wrapped
+from .data_parallel import unwatchable, watch_anew
 from .pruned_part import find_part, path_of, put_config, put_part, saved_config
 from .refusals import (
     NO_DEEPSPEED,
@@ -149,6 +151,8 @@ class PruningTrainer(TaughtTrainer):
         before = part.config
         shrink(part, cast(HSPG, self.hspg), like=like)
         put_config(self._whole_model(), before, part.config)
+        if isinstance(self.model_wrapped, DistributedDataParallel):
+            watch_anew(self.model_wrapped)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
         if self.lr_scheduler is None:
@@ -163,8 +167,10 @@ class PruningTrainer(TaughtTrainer):
             return "`target_sparsity`=None has no pruning periods"
         if self.is_fsdp_enabled or is_sharded(self._part()):
             return "its parameters are sharded"
-        if self.args.world_size > 1:
-            return "DistributedDataParallel goes by the weights that it was given"
+        if self.args.world_size > 1 and self.args.torch_compile:
+            return "what is compiled around several processes goes by the weights that it was given"
+        if reason := unwatchable(self.model_wrapped):
+            return reason
         return None if self.hspg is None else self.hspg.unshrinkable
 
     @property

@@ -7,12 +7,15 @@ whose random numbers are each rank's own.
 `--notebook` starts two processes as a notebook does. `--die WHEN SIGNAL` lets a process end itself on the way; several
 of them, each in a process and a folder `FOLDER/WHEN` of its own, print what their parent saw. `--resume STEP...` makes
 two more runs: the same afresh, and one with dropout and a checkpoint at every step, which it resumes from these.
+`--shrink` cuts zeros out on the way, in all of them; `--static` fixes DistributedDataParallel's graph;
+`--double` trains in float64, where what is rounded otherwise does not grow.
 """
 
 import argparse
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,6 +32,7 @@ NAME = ONE_EACH[0]
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 # When the last rank may die: after a step, or with a part of a save on the disk.
+SHRINKS, STATIC, DOUBLE = "--shrink", "--static", "--double"
 STEP, CHECKPOINT, MODEL = "step", "checkpoint", "model"
 LAST_STEP = 11  # from then on
 
@@ -60,8 +64,10 @@ class Note(TrainerCallback):
 def make(folder: Path, extra=None, dropout: bool = False, name: str = NAME, **options) -> Mortal:
     torch.set_num_threads(1)
     model = tiny_model(name, **({} if dropout else NO_DROPOUT))
+    model = model.double() if DOUBLE in sys.argv else model
     rows = training_batch(model, size=64)
     defaults = {"save_steps": 8, "learning_rate": 3e-3, "max_steps": STEPS, "report_to": [], "disable_tqdm": True}
+    defaults |= {"ddp_find_unused_parameters": False, "ddp_static_graph": True} if STATIC in sys.argv else {}
     arguments = TrainingArguments(str(folder), use_cpu=True, **defaults | options)
     arguments.per_device_train_batch_size = GLOBAL_BATCH // arguments.world_size
     note = Note()
@@ -70,7 +76,7 @@ def make(folder: Path, extra=None, dropout: bool = False, name: str = NAME, **op
         args=arguments,
         train_dataset=[{key: value[row] for key, value in rows.items()} for row in range(64)],
         compute_loss_func=None if {"labels", "start_positions"} & rows.keys() else squares,
-        oto_config=CONFIG,
+        oto_config=replace(CONFIG, shrink_during_training=SHRINKS in sys.argv),
         callbacks=[note, *(extra or [])],
     )
     note.trainer.note = note
@@ -114,7 +120,8 @@ def launched(folder: Path, dies: tuple[str, str] | None = None, stops: tuple[int
     sys.addaudithook(lambda event, args: event == "open" and "w" in str(args[1]) and written.append(str(args[0])))
     trainer = train(folder, dies)
     rank = trainer.args.process_index
-    found = held(trainer) | {"every_step": torch.stack(trainer.note.masks)}
+    masks = trainer.note.masks  # fewer and fewer where it shrinks
+    found = held(trainer) | {"every_step": masks if SHRINKS in sys.argv else torch.stack(masks)}
     torch.save(found, folder / f"run-{rank}.pt")
     (folder / f"written-{rank}.txt").write_text("\n".join(path for path in written if str(folder) in path))
     if stops:
@@ -131,6 +138,8 @@ def launched(folder: Path, dies: tuple[str, str] | None = None, stops: tuple[int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    for name in (SHRINKS, STATIC, DOUBLE):
+        parser.add_argument(name, action="store_true")
     parser.add_argument("--notebook", action="store_true")
     parser.add_argument("--die", nargs=2, action="append", default=[])
     parser.add_argument("--resume", nargs="*", type=int, default=[])

@@ -93,3 +93,26 @@ def test_a_rank_that_dies_ends_the_run_which_goes_on_from_its_checkpoint(tmp_pat
         whole = load(tmp_path, f"whole-{rank}")
         for stop in stops:
             assert differences(load(tmp_path, f"{stop}-{rank}"), whole) == [], stop
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_shrink_together(ranks, tmp_path):
+    """Two with what Trainer sets, four with a static graph: to the bit on every rank, and from checkpoints."""
+    stops = (2, 10, 16) if ranks == 2 else ()
+    options = ["--double", *["--static"] * (ranks == 4)]
+    resumes = ["--resume", *map(str, stops)] if stops else []
+    launch(tmp_path / "small", [*TORCHRUN[:-1], str(ranks)], *options, "--shrink", *resumes)
+    launch(tmp_path / "full", [*TORCHRUN[:-1], str(ranks)], *options)
+    first, full = load(tmp_path / "small", "run-0"), load(tmp_path / "full", "run-0")
+    sizes = [len(mask) for mask in first["every_step"]]
+    assert sizes[0] == len(full["masks"]) > sizes[-1] == len(first["masks"]) and len(set(sizes)) == 3
+    assert not (first["masks"] == ZERO).any()  # all that was to go is gone
+    for rank in range(1, ranks):
+        assert differences(first, load(tmp_path / "small", f"run-{rank}")) == []
+    for rank in range(ranks) if stops else ():
+        whole = load(tmp_path / "small", f"whole-{rank}")
+        for stop in stops:
+            assert differences(load(tmp_path / "small", f"{stop}-{rank}"), whole) == [], stop
+    models = [AutoModelForQuestionAnswering.from_pretrained(tmp_path / name / "run") for name in ("small", "full")]
+    assert counts(models[0]) == counts(models[1])
+    assert largest_difference(*map(outputs, models)) <= 1e-9  # the same mathematics, rounded otherwise
