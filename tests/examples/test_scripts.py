@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [
     *("run_squad.py", "demo/run_demo.py"),
-    *(f"benchmarks/{name}.py" for name in ("cost", "frontier", "latency", "run_task", "scale", "speed")),
+    *(f"benchmarks/{name}.py" for name in ("cost", "frontier", "gpu", "latency", "run_task", "scale", "speed")),
 ]
 # In one process, as importing torch takes longer than all else; what a script finds is put back before the next one.
 EACH = """
