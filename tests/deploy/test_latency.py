@@ -15,7 +15,7 @@ from hf_oto.config import LatencyTable
 from hf_oto.deploy import latency_tables
 from hf_oto.deploy.latency_tables import _curves, _sizes
 from hf_oto.hspg.budget import check_target, removed_cost, target_examples
-from hf_oto.models.trial_inputs import example_batch
+from hf_oto.models.example_inputs import example_batch
 
 BERT = ONE_EACH[0]
 ONCE = {"length": 8, "repeats": 1, "warmup": 1}
