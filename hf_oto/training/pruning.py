@@ -222,7 +222,26 @@ class PruningTrainer(TaughtTrainer):
         hspg = self.hspg if self.oto_config.shrink_during_training else None
         if hspg is not None and hspg.shrink_due and self._unshrinkable is None:
             self._shrink()
+        if self.state.global_step >= self.state.max_steps:
+            self._take_skipped_steps()
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step >= self.state.max_steps:
+            self._take_skipped_steps()  # of a run that was resumed when all of its steps were done
+        return super()._finalize_training(*args, **kwargs)
+
+    def _take_skipped_steps(self) -> None:
+        """
+        Under fp16 Trainer counts steps that its scaler skips, HSPG does not: at the end of a run without recovery it
+        would lack them. Without gradients nothing moves but what is on its way to zero.
+        """
+        hspg = self.hspg
+        if hspg is None or self._at_target or hspg.steps_done == 0:
+            return
+        self._whole_model().zero_grad()
+        while hspg.steps_done < hspg.schedule.total_steps:
+            hspg.step()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         stage = None

@@ -5,11 +5,21 @@ import json
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from families import ONE_EACH, counts, largest_difference, outputs, tiny_model
 from optuna.samplers import GridSampler
 from short_runs import CONFIG, DATA, STEPS, StopAt, arguments, make, same_weights
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
-from transformers import AutoModelForQuestionAnswering, EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    EarlyStoppingCallback,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+)
 
 from hf_oto import HSPG, OTOConfig, OTOTrainer, partition
 
@@ -209,6 +219,111 @@ def test_a_rate_that_goes_by_evaluations_waits_for_the_target(scheduler, tmp_pat
         pytest.skip(str(error)) if "is not a valid SchedulerType" in str(error) else None
         raise
     assert rates.seen[:15] == pytest.approx([3e-3] * 15) and rates.seen[-1] < 3e-3
+
+
+# What compress would refuse after training is refused before it.
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def hooked(model):
+    block = model.bert.encoder.layer[1].intermediate.dense
+    block.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def subclassed(model):
+    block = model.bert.encoder.layer[1].intermediate
+    block.dense, old = Scaled(32, 24), block.dense
+    block.dense.load_state_dict(old.state_dict())
+
+
+def wider(model):
+    model.bert.encoder.layer[1].output.register_parameter("gate", nn.Parameter(torch.ones(1)))
+
+
+@pytest.mark.parametrize("change", [hooked, subclassed, wider])
+@pytest.mark.parametrize("way", ["model", "model_init"])
+def test_a_model_that_is_not_built_as_its_class_is_refused_before_the_first_step(change, way, tmp_path):
+    model = tiny_model(ONE_EACH[0])
+    change(model)
+    before = [parameter.clone() for parameter in model.parameters()]
+    given = {"model": model} if way == "model" else {"model_init": lambda: model}
+    with pytest.raises(ValueError):
+        OTOTrainer(args=arguments(tmp_path / "run", **SAVING), train_dataset=DATA, oto_config=CONFIG, **given).train()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+class FixedSignature(Trainer):
+    """As TRL's: every argument by name, none beside them, and a card of its own at every checkpoint."""
+
+    def __init__(self, model, args=None, data_collator=None, train_dataset=None, eval_dataset=None, callbacks=None):
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, callbacks=callbacks)
+
+    def _save_checkpoint(self, model, trial):
+        self.create_model_card(model_name="fixed")
+        super()._save_checkpoint(model, trial)
+
+
+class WithFixedSignature(OTOTrainer, FixedSignature): ...
+
+
+def test_a_trainer_with_a_fixed_signature_comes_second(tmp_path):
+    trainer = make(tmp_path, kind=WithFixedSignature, **SAVING)
+    trainer.train()
+    assert 0.44 < share(small(tmp_path)) <= 0.5 and "fixed" in (tmp_path / "README.md").read_text()
+
+
+def test_trls_trainers_come_second(tmp_path):
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    rows = [{name: row[name].tolist() for name in ("input_ids", "attention_mask")} for row in DATA]
+    rows = [{**row, "labels": row["input_ids"]} for row in rows]
+
+    class Mine(OTOTrainer, trl.SFTTrainer): ...
+
+    options = arguments(tmp_path, **SAVING).to_dict() | {"max_length": 16, "bf16": False, "output_dir": str(tmp_path)}
+    known = {field for field in trl.SFTConfig.__dataclass_fields__ if trl.SFTConfig.__dataclass_fields__[field].init}
+    trainer = Mine(
+        model=tiny_model("Qwen3ForCausalLM"),
+        args=trl.SFTConfig(**{name: value for name, value in options.items() if name in known}),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer(),
+        oto_config=CONFIG,
+    )
+    trainer.train()
+    assert trainer.hspg.target_reached and trainer.hspg.metrics()["removed_params"] > 0.4
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert sum(heads for heads, _ in counts(loaded)) == trainer.hspg.metrics()["heads"]
+
+
+def tokenizer():
+    words = WordLevel({"<pad>": 0, "</s>": 1, **{f"w{number}": number for number in range(2, 61)}}, unk_token="w2")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), pad_token="<pad>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("skipped", [{3}, {24}, {1, 2, 23}])
+def test_steps_that_a_scaler_skips_do_not_leave_the_run_short(skipped, tmp_path, monkeypatch):
+    """As under fp16, in a run without recovery: Trainer counts these steps, the optimizer does not."""
+    calls, step = [], AcceleratedOptimizer.step
+
+    def some(self, closure=None):
+        calls.append(self)
+        self._is_overflow = len(calls) in skipped
+        return None if self._is_overflow else step(self, closure)
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", some)
+    config = OTOConfig(min_neurons=4, round_to=4, pruning_end_ratio=1.0)
+    trainer = make(tmp_path, config=config, **SAVING)
+    trainer.train()
+    assert trainer.hspg.target_reached and trainer.hspg.steps_done == STEPS == len(calls)
+    assert 0.44 < share(small(tmp_path)) <= 0.5
+    resumed = make(tmp_path / "resumed", config=config)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-24"))
+    assert resumed.hspg.target_reached and same_weights(resumed.model, trainer.model)
 
 
 # Zeros are asked of the weights.
