@@ -276,8 +276,10 @@ def _check_weights(model: nn.Module) -> None:
                 f"`model` must not be wrapped, a part of it is: {name!r} has {wrapped.pop()!r} in its name. Pass the "
                 f"model as it was, and wrap or compile the whole of it afterwards."
             )
-        # Quantized weights are tensors of classes that are not torch's own, or of integers.
-        if not parameter.is_floating_point() or not type(parameter).__module__.startswith("torch."):
+        # Quantized weights are tensors of classes that are not torch's own, or of integers. So are, not quantized, all
+        # tensors of a device that torch knows from Python.
+        added = parameter.device.type == torch._C._get_privateuse1_backend_name()
+        if not parameter.is_floating_point() or not (added or type(parameter).__module__.startswith("torch.")):
             kind = f"{type(parameter).__module__}.{type(parameter).__qualname__} of {parameter.dtype}"
             raise ValueError(
                 f"`model` must have plain weights, {name!r} is a {kind}. Load it in float32 or bfloat16, and quantize "

@@ -141,6 +141,11 @@ class PruningTrainer(TaughtTrainer):
             self.optimizer = wrapped(optimizer, whole, part, config, total_steps)
             if config.shrink_during_training and (reason := self._unshrinkable):
                 logger.warning(f"The model is trained in full size, `shrink_during_training` does nothing: {reason}.")
+            elif config.shrink_during_training and self.args.torch_compile:
+                logger.warning(
+                    "`torch_compile`: the model shrinks once, when the target is reached, as every size of it is "
+                    "compiled anew."
+                )
         checkpoint, self._shrunk_checkpoint = self._shrunk_checkpoint, None
         if checkpoint is not None:
             self._shrink(like=self._saved_config(checkpoint))
@@ -172,6 +177,11 @@ class PruningTrainer(TaughtTrainer):
         if reason := unwatchable(self.model_wrapped):
             return reason
         return None if self.hspg is None else self.hspg.unshrinkable
+
+    @property
+    def _may_change_size(self) -> bool:
+        """Whether another size costs nothing beside its cut: a compiled one is compiled anew, for half a minute."""
+        return not self.args.torch_compile or cast(HSPG, self.hspg).target_reached
 
     @property
     def hspg(self) -> HSPG | None:
@@ -220,7 +230,7 @@ class PruningTrainer(TaughtTrainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # After a step, and before anything is saved: what is saved at the target is then all of one size.
         hspg = self.hspg if self.oto_config.shrink_during_training else None
-        if hspg is not None and hspg.shrink_due and self._unshrinkable is None:
+        if hspg is not None and hspg.shrink_due and self._unshrinkable is None and self._may_change_size:
             self._shrink()
         if self.state.global_step >= self.state.max_steps:
             self._take_skipped_steps()
