@@ -204,7 +204,7 @@ class HSPG(Optimizer):
         self._settled = shrinking.moves_each_by_itself(self.base_optimizer)
 
     @torch.no_grad()
-    def observe(self, *, loss_scale: float = 1.0, accumulated: bool = False) -> None:
+    def observe(self, *, loss_scale: float = 1.0, accumulated: bool = False, weight: float = 1.0) -> None:
         """
         Gather saliency from the gradients that `backward` just left, raw: before clipping.
 
@@ -217,10 +217,12 @@ class HSPG(Optimizer):
             accumulated (`bool`, *optional*, defaults to `False`):
                 Whether the gradients were added to those of the last call. A derivative is linear in them, so the
                 micro-step's own is the difference.
+            weight (`float`, *optional*, defaults to 1.0):
+                How much it counts: in proportion to the rows that its loss is the mean of.
         """
         if self._observes:
             gathered_G = gathered_derivatives(self._arrays, self._places()) / loss_scale
-            self._observations.add(gathered_G, accumulated=accumulated)
+            self._observations.add(gathered_G, accumulated=accumulated, weight=weight)
 
     @property
     def _observes(self) -> bool:

@@ -5,6 +5,7 @@ Shapes: `H` hidden size, `G` groups, `D` columns that one group owns.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import cast
@@ -99,7 +100,18 @@ def update_saliency(saliency_G: Tensor, observed_G: Tensor, decay: float) -> Non
 
 
 class Observations:
-    """What the micro-steps of one optimizer step say of the groups' saliency; false without any."""
+    """
+    What the micro-steps of one optimizer step say of the groups' saliency; false without any.
+
+    A step's gradient is the mean over its K micro-steps, so that each of them adds γ = d/K to it, with d the
+    derivatives of its own loss. What counts is the mean of d² (or of |d|), which does not depend on K:
+
+        (1/K)·Σ_m w_m·(K·γ_m)²  for `"fisher"`,   (1/K)·Σ_m √w_m·K·|γ_m|  for `"taylor"`.
+
+    The square of a mean over n rows falls as 1/n where rows differ more than their mean is large, as in training they
+    do: weights w ∝ n keep a batch of one row from counting as much as n others. Where all steps are alike, none of it
+    changes which groups are lowest.
+    """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -113,14 +125,17 @@ class Observations:
     def __bool__(self) -> bool:
         return bool(self._observed)
 
-    def add(self, gathered_G: Tensor, *, accumulated: bool) -> None:
+    def add(self, gathered_G: Tensor, *, accumulated: bool, weight: float = 1.0) -> None:
         """Add a micro-step: whose gradients were added to those of the last one, or with which a step begins."""
         if not accumulated:
             self.clear()
         own_G = gathered_G if self._gathered_G is None else gathered_G - self._gathered_G
-        self._observed.append(saliency_of(own_G, self.kind))
+        observed_G = saliency_of(own_G, self.kind)
+        factor = weight if self.kind == "fisher" else math.sqrt(weight)
+        self._observed.append(observed_G if factor == 1 else observed_G * factor)
         self._gathered_G = gathered_G
 
     def mean(self) -> Tensor:
         """Mean over the micro-steps."""
-        return sum(self._observed[1:], start=self._observed[0]) / len(self._observed)
+        total = sum(self._observed[1:], start=self._observed[0])
+        return total * len(self._observed) if self.kind == "fisher" else total

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.utils import logging
 
 from ..config import OTOConfig
@@ -67,6 +68,7 @@ class PruningTrainer(TaughtTrainer):
         check_optimizer(args)
         check_parallelism(model, args)
         self._accumulating = False
+        self._rows: list[int] = []  # of the micro-steps that saliency has not been gathered of
         self._last_loss: Any = math.nan
         self._shrunk_checkpoint: str | None = None  # to resume from, when the optimizer can follow
         super().__init__(model, args, *others, oto_config=oto_config, teacher=teacher, **kwargs)
@@ -132,7 +134,7 @@ class PruningTrainer(TaughtTrainer):
     def _attach(self, optimizer: Optimizer, total_steps: int) -> None:
         """Let HSPG prune what an optimizer trains. In a run that had been shrunk the model becomes as small again."""
         whole, part, config = self._whole_model(), self._part(), self.oto_config
-        self._accumulating, self._first_step = False, self.state.global_step
+        self._accumulating, self._rows, self._first_step = False, [], self.state.global_step
         if self.hspg is None or not goes_on(self.hspg, part, total_steps, resumes=self.state.global_step > 0):
             self._check_part(part, None)
             check_trainable(part, config)
@@ -213,13 +215,28 @@ class PruningTrainer(TaughtTrainer):
         self._last_loss = loss
         if self.hspg is not None and self.hspg.steps_done in {*self.hspg.schedule.boundaries, self._first_step}:
             self.hspg.holds_zeros |= pulled(self._part(), self.hspg)
+        self._rows.append(find_batch_size(inputs) or 1)
         synced = self.accelerator.sync_gradients
         # Between processes only the last micro-step's gradients agree.
         if self.hspg is not None and (synced or self.args.world_size == 1):
             scaler = self.accelerator.scaler
-            self.hspg.observe(loss_scale=1.0 if scaler is None else scaler.get_scale(), accumulated=self._accumulating)
+            self.hspg.observe(
+                loss_scale=1.0 if scaler is None else scaler.get_scale(),
+                accumulated=self._accumulating,
+                weight=self._weight_of_rows(),
+            )
         self._accumulating = not synced and self.args.world_size == 1
         return loss
+
+    def _weight_of_rows(self) -> float:
+        """
+        Of the gradients since the last look, to that of the usual ones: 1 unless it is an epoch's last batch. Saliency
+        is that of as many micro-steps as were looked at, where those of a usual step weigh 1 together.
+        """
+        usual = getattr(self, "_train_batch_size", None) or self.args.train_batch_size
+        steps = self.args.gradient_accumulation_steps
+        rows, self._rows = sum(self._rows), []
+        return rows / usual / steps ** (2 if self.args.world_size == 1 else 1)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

@@ -233,27 +233,28 @@ def test_saliency_is_a_running_mean():
     assert mean.tolist() == [1.5, 2.0]
 
 
+def saliency_of_one(model, optimizer, kind, seed, size=3):
+    """What one batch says, from the gradients of its own mean loss."""
+    model.zero_grad()
+    backward(model, seed, size)
+    parameters = dict(model.named_parameters())
+    columns = [(parameters[array.columns], array.width) for array in optimizer.partition.arrays]
+    found = [mask_derivatives(one.detach(), one.grad, width) for one, width in columns]
+    model.zero_grad()
+    return saliency_of(torch.cat(found), kind)
+
+
 @pytest.mark.parametrize("kind", ["fisher", "taylor"])
 def test_micro_steps_are_seen_one_by_one(kind, way):
-    """Gradients add up over micro-steps, saliency averages what each of them says, whatever the loss scale."""
+    """Gradients add up to a mean; saliency averages what each micro-step says by itself, whatever the loss scale."""
     config = OTOConfig(saliency=kind, saliency_decay=0.5, saliency_interval=1, **SMALL)
     model, optimizer = model_and_optimizer("BertForQuestionAnswering", config)
-    arrays = optimizer.partition.arrays
-    parameters = dict(model.named_parameters())
-    single = []
-    for seed in (1, 2, 3):
-        model.zero_grad()
-        backward(model, seed)
-        derivatives = [
-            mask_derivatives(parameters[a.columns].detach(), parameters[a.columns].grad, a.width) for a in arrays
-        ]
-        single.append(saliency_of(torch.cat(derivatives), kind))
-    model.zero_grad()
+    single = [saliency_of_one(model, optimizer, kind, seed) for seed in (1, 2, 3)]
     backward(model, 7)
     optimizer.observe(accumulated=False)  # of a step that never came, as after an overflow
     model.zero_grad()
     for seed in (1, 2, 3):
-        backward(model, seed, scale=64.0)
+        backward(model, seed, scale=64.0 / 3)
         optimizer.observe(loss_scale=64.0, accumulated=seed > 1)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-6)  # too late to matter
     optimizer.step()
@@ -261,6 +262,33 @@ def test_micro_steps_are_seen_one_by_one(kind, way):
     expected = sum(single) / 3 * 0.5  # the mean begins at zero
     actual = optimizer.param_groups[0]["hspg_saliency"]
     assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
+
+
+@pytest.mark.parametrize("kind", ["fisher", "taylor"])
+def test_a_step_of_fewer_micro_steps_counts_as_much(kind):
+    """The same batch eight times or once: a mean of eight says what one says."""
+    config = OTOConfig(saliency=kind, saliency_decay=0.5, saliency_interval=1, **SMALL)
+    found = []
+    for micro_steps in (8, 1):
+        model, optimizer = model_and_optimizer("BertForQuestionAnswering", config, lr=0.0)
+        for micro in range(micro_steps):
+            backward(model, 1, scale=1 / micro_steps)
+            optimizer.observe(accumulated=micro > 0)
+        optimizer.step()
+        found.append(optimizer.param_groups[0]["hspg_saliency"])
+    assert torch.allclose(found[0], found[1], rtol=1e-3, atol=1e-5 * float(found[1].max()))
+
+
+@pytest.mark.parametrize("kind", ["fisher", "taylor"])
+def test_rows_weigh_what_they_say(kind):
+    config = OTOConfig(saliency=kind, saliency_decay=0.5, saliency_interval=1, **SMALL)
+    model, optimizer = model_and_optimizer("BertForQuestionAnswering", config)
+    single = saliency_of_one(model, optimizer, kind, 1)
+    backward(model, 1)
+    optimizer.observe(weight=0.25)
+    optimizer.step()
+    expected = single * (0.25 if kind == "fisher" else 0.5) * 0.5
+    torch.testing.assert_close(optimizer.param_groups[0]["hspg_saliency"], expected)
 
 
 def test_without_a_call_the_step_observes(way):
