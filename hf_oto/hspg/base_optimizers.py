@@ -85,7 +85,8 @@ def makes_state(optimizer: Optimizer, owned: Mapping[str, Tensor]) -> bool:
     gradients = [local(each.grad) for group in groups for each in group["params"] if each.grad is not None]
     if not gradients:
         return False
-    largest = torch.stack(torch._foreach_norm(gradients, ord=torch.inf))
-    found = largest.ne(0).sum()
+    held = [gradient for gradient in gradients if gradient.numel()]  # some ranks' shards have no rows
+    norms = torch._foreach_norm(held, ord=torch.inf) if held else [torch.zeros((), device=gradients[0].device)]
+    found = torch.stack([norm.float() for norm in norms]).ne(0).sum()
     sum_over_shards(found, owned.values())
     return not bool(found)
