@@ -26,7 +26,7 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        "The trainers for embedding models and rerankers need sentence-transformers 6.0 or later: "
+        "The trainers for embedding models and rerankers need sentence-transformers 6.2 or later: "
         "`pip install 'hf-oto[embeddings]'`."
     ) from error
 

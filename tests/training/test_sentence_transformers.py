@@ -10,7 +10,7 @@ import embedding_runs
 import numpy as np
 import pytest
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from embedding_runs import (
     CONFIG,
     CONTEXTS,
@@ -373,3 +373,26 @@ def test_an_onnx_file_with_pooling_inside_gives_what_encode_gives(tmp_path):
     inputs = {value.name: tokens[value.name] for value in session.get_inputs()}
     found = dict(zip(names, session.run(None, inputs), strict=True))["sentence_embedding"]
     assert np.abs(found - model.encode(QUESTIONS[:8])).max() < 1e-5
+
+
+def test_setfit_trains_a_head_on_a_pruned_body(tmp_path):
+    setfit = pytest.importorskip("setfit")
+    from setfit.sampler import ContrastiveDataset
+    from sklearn.linear_model import LogisticRegression
+
+    labels = [int(text.startswith("Where")) for text in QUESTIONS]
+    contrasts = ContrastiveDataset(QUESTIONS, labels, multilabel=False, sampling_strategy="undersampling")
+    data = Dataset.from_list([pair for _, pair in zip(range(80), iter(contrasts), strict=False)])
+    model = embedder(tmp_path / "encoder")
+    trainer = make(tmp_path / "run", model, data, losses.CosineSimilarityLoss(model), max_steps=40)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "body"))
+    body = SentenceTransformer(str(tmp_path / "body"), device="cpu")
+    classifier = setfit.SetFitModel(model_body=body, model_head=LogisticRegression(), labels=[0, 1])
+    classifier.fit(QUESTIONS, labels, num_epochs=1)
+    predicted = np.array(classifier.predict(QUESTIONS))
+    assert (predicted == np.array(labels)).mean() > 0.9
+    classifier.save_pretrained(str(tmp_path / "saved"))
+    again = setfit.SetFitModel.from_pretrained(str(tmp_path / "saved"))
+    assert 0.45 <= kept(again.model_body) <= 0.55
+    assert (np.array(again.predict(QUESTIONS)) == predicted).all()
