@@ -170,7 +170,7 @@ class Takes:
 
     def __init__(self, call, device, *, graphs=True):
         groups = partition(call.func)
-        heads, neurons = groups.counts("heads"), groups.counts("neurons")
+        heads, neurons = groups.block_counts
         self.taken = sum(
             0.1 + 0.1 * (h > 0) + 0.1 * (n > 0) + (h + n) / 1e4 for h, n in zip(heads, neurons, strict=True)
         )
