@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ..models.groups import GroupArray
 from . import devices
 from .group_weights import GroupWeights, Places, group_weights, zero_of
 from .half_space import Weights, half_space_step, read
-from .sharding import local, sum_over_shards
+from .sharding import is_sharded, local, sum_over_shards
 from .stacked_weights import clear_stacked, stacked_weights
 
 
@@ -41,7 +40,7 @@ class ActedWeights:
             for owned in array.owned
         ]
         self._parameters = [places[name][0] for name in owned]
-        whole = not any(isinstance(parameter, DTensor) for parameter in self._parameters)
+        whole = not any(is_sharded(parameter) for parameter in self._parameters)
         self._foreach = whole and not devices.gathers(self._parameters[0])
         self._keeps = keeps and whole
         self._weights: Weights
@@ -138,7 +137,7 @@ def _alike(
     found: dict[str, dict[str, Tensor]] = {}
     for name in (owned.name for array in arrays for owned in array.owned):
         parameter, _ = places[name]
-        if isinstance(parameter, DTensor) or devices.gathers(parameter):
+        if is_sharded(parameter) or devices.gathers(parameter):
             return None
         kept = state.get(parameter, {})
         found.setdefault("", {})[name] = parameter.detach()

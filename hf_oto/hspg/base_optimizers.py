@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..models.groups import GroupArray
-from .sharding import local, sum_over_shards
+from .sharding import is_sharded, local, sum_over_shards
 
 
 def named_parameters(param_groups: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
@@ -65,7 +64,7 @@ def check_state(base: Optimizer, owned: Mapping[str, Tensor]) -> None:
 
 def _can_clear(tensor: Tensor) -> bool:
     """Whether a part of a tensor can be set to zero in place: not of every kind that packs its entries into blocks."""
-    if type(tensor) in (Tensor, torch.nn.Parameter, DTensor) or not tensor.dim():
+    if type(tensor) in (Tensor, torch.nn.Parameter) or is_sharded(tensor) or not tensor.dim():
         return True
     try:
         return tensor.index_fill_(0, torch.empty(0, dtype=torch.int64, device=tensor.device), 0) is tensor

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..config import OTOConfig
 from ..models.groups import Partition
 from . import budget
+from .sharding import is_sharded
 
 Cuts = Mapping[Tensor, tuple[Tensor | None, int, Tensor]]
 """Of every parameter that was cut: its successor, the dim along which it was cut, and the indices kept."""
@@ -37,7 +37,7 @@ def unshrinkable(base: Optimizer, config: OTOConfig) -> str | None:
     """Why zero groups cannot be cut out while training goes on, `None` if they can."""
     if not moves_each_by_itself(base):
         return f"a step of {type(base).__name__} may depend on how many weights a matrix has, zeros included"
-    if any(isinstance(parameter, DTensor) for group in base.param_groups for parameter in group["params"]):
+    if any(is_sharded(parameter) for group in base.param_groups for parameter in group["params"]):
         return "its parameters are sharded"
     if config.saliency == "random":
         return "random groups would be drawn from those that are left"

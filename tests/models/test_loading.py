@@ -133,7 +133,8 @@ import sys
 import hf_oto
 assert not {"torch", "transformers"} & set(sys.modules)
 from hf_oto import HSPG, OTOConfig, partition
-print(sorted(sys.modules.keys() & {"transformers", "accelerate", "huggingface_hub", "safetensors"}))
+others = {"transformers", "accelerate", "safetensors", "torch.distributed.tensor", "torch._dynamo"}
+print(sorted(others & set(sys.modules)))
 """
 
 
