@@ -93,7 +93,7 @@ class PruningTrainer(TaughtTrainer):
 
         Args:
             model (`nn.Module`): What is trained, not wrapped.
-            part ([`PreTrainedModel`]): What takes the place of [`~OTOTrainer.pruned_part`].
+            part ([`PreTrainedModel`]): What takes the place of `pruned_part`.
         """
         return put_part(model, self.pruned_part(model), part)
 

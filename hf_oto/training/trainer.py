@@ -35,7 +35,11 @@ class OTOTrainer(PruningTrainer, CheckpointingTrainer):
 
     The optimizer of [`TrainingArguments`] keeps its meaning; [`HSPG`] wraps it. So does the learning rate's schedule;
     `lr_scheduler_type="warmup_stable_decay"` may go without its `num_decay_steps`: the rate then stays at its peak
-    until the target is reached, and decays, linearly if nothing else is said, while the model recovers.
+    until the target is reached, or for `num_stable_steps`, and decays over the rest, linearly if nothing else is said.
+    One that goes by evaluations does so from the target on.
+
+    What is trained may be a module of one's own around a Transformers model: `pruned_part` finds the
+    part that is pruned. Mix it with another Trainer as `class Mine(OTOTrainer, TheirTrainer)`.
 
     `checkpoint-N` folders hold the model in training and all that resuming needs; it is full-size, unless
     `shrink_during_training` has cut it since. [`~OTOTrainer.save_model`], a push to the Hub and the end of training
@@ -56,8 +60,8 @@ class OTOTrainer(PruningTrainer, CheckpointingTrainer):
 
     Raises:
         `ValueError`: The model or the teacher is not supported, the target cannot be reached, or another setting rules
-            compression out. A schedule that does not fit in the run raises when training starts, before its first
-            step.
+            compression out. What concerns a run (its length, a target that the model has reached already) raises when
+            training starts, before its first step.
 
     Example:
 
