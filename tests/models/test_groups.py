@@ -182,3 +182,45 @@ def test_every_pruned_type_finds_its_family():
     assert dense_model_type("oto_gpt2") == "oto_gpt2"
     assert not set(REFUSED) & set(BLOCK_SPECS) and set(FAMILIES) == set(BLOCK_SPECS)
     assert counts(tiny_model("BertModel")) == [(4, 24)] * 3
+
+
+# Models that are something else than they were loaded as: one sentence each.
+
+
+def test_a_compiled_model_is_refused():
+    with pytest.raises(ValueError, match="not wrapped, got OptimizedModule"):
+        partition(torch.compile(tiny_model("BertModel")))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_a_model_that_is_wrapped_in_part_is_refused(wrap):
+    model = tiny_model("BertForQuestionAnswering")
+    model.bert = wrap(model.bert)
+    with pytest.raises(ValueError, match=r"must not be wrapped, a part of it is: 'bert\.(module|_orig_mod)\."):
+        partition(model)
+    model = tiny_model("BertForQuestionAnswering")
+    model.bert.encoder.layer[1] = wrap(model.bert.encoder.layer[1])
+    with pytest.raises(ValueError, match=r"a part of it is: 'bert.encoder.layer.1\.(module|_orig_mod)\."):
+        partition(model)
+
+
+def test_adapters_are_refused():
+    model = tiny_model("BertModel")
+    model.peft_config = {"default": object()}
+    with pytest.raises(ValueError, match="must not have adapters, got BertModel: .*merge_and_unload"):
+        partition(model)
+
+
+class Packed(torch.Tensor):
+    """As libraries keep quantized weights: a tensor of a class of their own, of the shape that it stands for."""
+
+
+@pytest.mark.parametrize("kind", ["integers", "packed"])
+def test_quantized_weights_are_refused(kind):
+    model = tiny_model("BertModel")
+    dense = model.encoder.layer[0].output.dense
+    weight = dense.weight.detach()
+    new = weight.char() if kind == "integers" else weight.as_subclass(Packed)
+    dense.weight = nn.Parameter(new, requires_grad=False)
+    with pytest.raises(ValueError, match="must have plain weights, 'encoder.layer.0.output.dense.weight' is a .* of "):
+        partition(model)
