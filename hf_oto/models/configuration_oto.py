@@ -267,6 +267,16 @@ class PrunedConfig:
         upstream = next(base for base in cls.__mro__ if base.__name__ == "PreTrainedConfig")
         cls.__eq__ = upstream.__eq__  # type: ignore[assignment]
 
+    # Whoever asks a config for its heads without knowing of blocks is given the dense number, with upstream's warning:
+    # it goes with `hidden_size`, as the head size that is computed of both. Upstream would raise, also in `getattr`.
+    @property
+    def allow_global_per_layer_attribute_access(self) -> bool:
+        return vars(self).get("allow_global_per_layer_attribute_access", True)
+
+    @allow_global_per_layer_attribute_access.setter
+    def allow_global_per_layer_attribute_access(self, value: bool) -> None:
+        vars(self)["allow_global_per_layer_attribute_access"] = value
+
     @property
     def per_layer_config(self) -> Any:
         return super().per_layer_config  # type: ignore[misc]

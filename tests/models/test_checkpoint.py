@@ -271,6 +271,20 @@ def test_configs_and_models_are_copied(name):
         assert largest_difference(outputs(twin), outputs(model)) < SAME
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_a_config_gives_strangers_the_dense_numbers(name, tmp_path, caplog):
+    pruned(name).save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert caplog.text == "" and "allow_global" not in (tmp_path / "config.json").read_text()
+    spec = BLOCK_SPECS[family_of(name)]
+    found = {field: getattr(config, field, 0) for field in (spec.heads_field, spec.width_field)}
+    assert found == {spec.heads_field: 8 if spec.key_heads_field else 4, spec.width_field: 24}
+    assert hasattr(config, spec.heads_field) and not hasattr(config, "no_such_field")
+    config.allow_global_per_layer_attribute_access = False  # as upstream has it
+    with pytest.raises(RuntimeError, match="is a per-layer attribute"):
+        getattr(config, spec.heads_field)
+
+
 VALID = {
     "hidden_size": 32,
     "num_attention_heads": 4,
