@@ -153,8 +153,10 @@ class HSPG(Optimizer):
 
     def _select(self, step: int) -> None:
         """Make the groups of the lowest saliency per cost redundant, for what the period has to remove."""
-        status_G, places = self._kept[STATUS], self._places()
-        saliency_G = selection.saliency(self.partition, self._arrays, self.config, self._kept[SALIENCY], places, step)
+        status_G = self._kept[STATUS]
+        saliency_G = selection.saliency(
+            self.partition, self._arrays, self.config, self._kept[SALIENCY], self._places(), step
+        )
         share = self.schedule.share(step, self.config.target_sparsity or 0.0)
         alive_G = status_G.cpu() == KEPT
         chosen_G = selection.choose(self.partition, self._arrays, self.config, saliency_G, alive_G, share)
@@ -185,8 +187,7 @@ class HSPG(Optimizer):
 
     def _ends_period(self, step: int) -> bool:
         """Whether redundant groups are zero for good after this step."""
-        with_target = self.config.target_sparsity is not None
-        return with_target and self.stage == "pruning" and self.schedule.steps_left(step) == 1
+        return self.stage == "pruning" and self.schedule.steps_left(step) == 1
 
     def _keep_zero(self) -> None:
         """
@@ -202,6 +203,7 @@ class HSPG(Optimizer):
             self._zero = ZeroWeights(self._arrays, groups, self._places())
         self._zero.clear(self.state)
         self._settled = shrinking.moves_each_by_itself(self.base_optimizer)
+        self._zero = self._zero if self.holds_zeros or not self._settled else None
 
     @torch.no_grad()
     def observe(self, *, loss_scale: float = 1.0, accumulated: bool = False, weight: float = 1.0) -> None:
