@@ -344,12 +344,8 @@ class HSPG(Optimizer):
 
     def reschedule(self, total_steps: int) -> None:
         """
-        Lay the stages out anew, for a run of another number of steps that has not begun: what was gathered or found
+        Lay the stages out anew, for a run of another number of steps N that has not begun: what was gathered or found
         before its first step is forgotten.
-
-        Args:
-            total_steps (`int`):
-                Optimizer steps of the run, N.
 
         Raises:
             `ValueError`: A step was taken already, or the schedule does not fit in so many. Nothing is changed then.
