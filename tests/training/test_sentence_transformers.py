@@ -166,6 +166,7 @@ def test_several_data_sets_with_their_losses_prompts_rates_and_precision(tmp_pat
     assert {"eval_scored_loss", "eval_pairs_loss", "removed_params"} <= logged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shrinks", [False, True])
 def test_a_run_goes_on_to_the_bit_with_what_its_loss_has_learnt(shrinks, tmp_path):
     config = CONFIG.from_dict(CONFIG.to_dict() | {"shrink_during_training": shrinks})
