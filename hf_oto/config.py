@@ -247,6 +247,11 @@ class OTOConfig:
             FFN neurons that every block keeps at least.
         round_to (`int`, *optional*, defaults to 8):
             The kept FFN width of every block is a multiple of this; 1 rounds nothing.
+        uniform (`bool`, *optional*, defaults to `False`):
+            Whether every block keeps equally many groups of a kind. What is saved then is a model of the family's own
+            class, which loads without code of its own. Which groups of a block go is still for their saliency to
+            decide. Families whose head size is hidden size / heads keep all heads: there it needs
+            `structures=("neurons",)`.
         shrink_during_training (`bool`, *optional*, defaults to `False`):
             Cut groups that are zero for good out of the model while training goes on, so that later steps are faster.
             The mathematics stays the same, so results differ by rounding (and where dropout draws other random
@@ -286,6 +291,7 @@ class OTOConfig:
     min_heads: int = 1
     min_neurons: int = 8
     round_to: int = 8
+    uniform: bool = False
     shrink_during_training: bool = False
     keep_dropout: bool = True
     distillation_weight: float = 0.9
@@ -332,7 +338,7 @@ class OTOConfig:
         _check_integer("min_heads", self.min_heads, 0)
         _check_integer("min_neurons", self.min_neurons, 0)
         _check_integer("round_to", self.round_to, 1)
-        for name in ("shrink_during_training", "keep_dropout"):
+        for name in ("uniform", "shrink_during_training", "keep_dropout"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from transformers import PreTrainedModel
 
 from ..config import CONFIG_NAME as OTO_CONFIG_NAME
 from ..config import OTOConfig
@@ -22,6 +23,9 @@ from .printing import JsonOption, show
 def compress(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A training checkpoint with zero groups.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist, or is empty.")],
+    plain: Annotated[
+        bool, typer.Option("--plain", help="A model of the family's own class: its blocks must all be of one size.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """
@@ -47,7 +51,7 @@ def compress(
             f"{checkpoint} has no group of zeros, there is nothing to cut out. Use a checkpoint that OTOTrainer wrote "
             f"after its first pruning period, best one of the recovery stage."
         )
-    small = cut(model, show_progress=sys.stderr.isatty())
+    small = cut(model, plain=plain, show_progress=sys.stderr.isatty())
     with folder_beside(out) as folder:
         made = folder / "model"
         small.save_pretrained(made)
@@ -61,4 +65,14 @@ def compress(
     }
     numbers = {"out": str(out), "files": files, "removed": removed, **summary.to_dict()}
     text = f"{out}: removed {removed['heads']:,} heads and {removed['neurons']:,} neurons of {checkpoint}."
+    if not plain and _could_be_plain(small):
+        text += " All blocks are of one size: with --plain it loads everywhere, without code of its own."
     show(numbers, [text, *summary.table().renderables], as_json)
+
+
+def _could_be_plain(small: PreTrainedModel) -> bool:
+    groups = partition(small)
+    return all(
+        len(set(counts)) == 1 and counts[0] in groups.plain_counts(kind)
+        for kind, counts in groups.block_counts._asdict().items()
+    )

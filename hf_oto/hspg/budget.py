@@ -6,7 +6,7 @@ items.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
@@ -123,10 +123,13 @@ def reach(partition: Partition, config: OTOConfig) -> Reach:
         floor, multiple = floor_and_multiple(array.kind, config)
         gone = partition.dense_count(array.kind) - array.count
         can_go = removable_groups(array.count, floor, multiple) if pruned else 0
+        if pruned and config.uniform:
+            can_go = uniform_cuts(partition, array.kind, array.count, floor, multiple)[-1]
         removed += int(cost_G[:gone].sum())
         reachable += int(cost_G[: gone + can_go].sum())
         if can_go:
             step = int(cost_G[gone : gone + (array.count % multiple or multiple)].sum())
+            step *= partition.num_layers if config.uniform else 1
             cheapest = min(cheapest or step, step)
     return Reach(dense_cost(partition, config), removed, reachable, cheapest)
 
@@ -158,6 +161,26 @@ def check_table(partition: Partition, config: OTOConfig) -> None:
         )
 
 
+def check_uniform(partition: Partition, config: OTOConfig) -> None:
+    """Refuse, with a `ValueError`, blocks that cannot all keep as many groups as the family's own config can say."""
+    if not config.uniform:
+        return
+    if "heads" in config.structures and partition.plain_counts("heads") == [partition.dense_heads]:
+        raise ValueError(
+            f"`uniform`=True needs `structures`=('neurons',) for models of type {partition.model_type!r}, whose own "
+            f"config has no head size but hidden size / heads: all {partition.dense_heads} heads stay. Got "
+            f"{config.structures}."
+        )
+    if config.target_sparsity is None:
+        raise ValueError("`uniform`=True needs a `target_sparsity`: as published, what goes is for λ to decide.")
+    for kind in ("heads", "neurons"):
+        if len(numbers := {array.count for array in partition.arrays if array.kind == kind}) > 1:
+            raise ValueError(
+                f"`uniform`=True needs a model whose blocks have equally many {kind}, got {sorted(numbers)}. Begin "
+                f"with the dense model, or leave it out."
+            )
+
+
 def is_reached(partition: Partition, config: OTOConfig) -> bool:
     """Whether a model that was pruned before has as much removed as the target asks for."""
     if not config.target_sparsity:
@@ -177,6 +200,7 @@ def check_target(partition: Partition, config: OTOConfig) -> None:
             `latency_table` is of another architecture.
     """
     check_table(partition, config)
+    check_uniform(partition, config)
     if not config.target_sparsity:
         return
     found = reach(partition, config)
@@ -240,6 +264,52 @@ def target_examples(partition: Partition, config: OTOConfig) -> dict[str, list[i
         for array, gone in zip(arrays, torch.bincount(array_G[chosen_G], minlength=len(arrays)), strict=True):
             kept[name][partition.arrays.index(array)] -= int(gone)
     return kept
+
+
+def uniform_cuts(partition: Partition, kind: str, count: int, floor: int, multiple: int) -> list[int]:
+    """How many groups may go of a block that has `count`, if all blocks lose as many: none, and then ascending."""
+    kept = set(partition.plain_counts(kind))
+    most = removable_groups(count, max(floor, 1), multiple)
+    return [0] + [cut for cut in range(1, most + 1) if (count - cut) % multiple == 0 and count - cut in kept]
+
+
+def select_uniformly(
+    score_BG: Mapping[str, Tensor], cost_G: Mapping[str, Tensor], cuts: Mapping[str, Sequence[int]], budget: int
+) -> dict[str, int]:
+    """
+    How many groups of each kind to cut from every block: of all pairs of numbers that fit the budget, and to which no
+    further cut could be added, the one whose groups have the least score together.
+
+    Args:
+        score_BG (`Mapping[str, Tensor]`): By kind the scores of a block's groups that are left, `[blocks, left]`.
+        cost_G (`Mapping[str, Tensor]`): By kind the cost of the first, second, … group of a block to go next.
+        cuts (`Mapping[str, Sequence[int]]`): By kind the numbers that may go; 0 is one of them.
+        budget (`int`): Cost that may be cut, of all blocks together.
+
+    Returns:
+        `dict[str, int]`: By kind the number; the groups are those of the lowest scores in each block.
+    """
+    blocks = len(next(iter(score_BG.values())))
+    scores, costs = {}, {}
+    for kind in score_BG:
+        lowest = score_BG[kind].double().sort(dim=1).values.sum(dim=0).cumsum(0).tolist()
+        spent = (blocks * cost_G[kind].cumsum(0)).tolist()
+        scores[kind] = [lowest[cut - 1] if cut else 0.0 for cut in cuts[kind]]
+        costs[kind] = [spent[cut - 1] if cut else 0 for cut in cuts[kind]]
+    first, *rest = score_BG
+    best: tuple[float, dict[str, int]] | None = None
+    for index, cost in enumerate(costs[first]):
+        if cost > budget:
+            break
+        found, score, left = {first: cuts[first][index]}, scores[first][index], budget - cost
+        for kind in rest:
+            other = max(number for number, spent in enumerate(costs[kind]) if spent <= left)
+            found[kind], score, left = cuts[kind][other], score + scores[kind][other], left - costs[kind][other]
+        full = index + 1 == len(costs[first]) or costs[first][index + 1] - cost > left
+        if full and (best is None or score < best[0]):
+            best = score, found
+    assert best is not None  # the last that fits is full
+    return best[1]
 
 
 def select_groups(

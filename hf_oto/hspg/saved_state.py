@@ -28,6 +28,7 @@ _OLDER_SETTINGS = {
     "saliency_interval": 1,
     "keep_dropout": True,
     "latency_table": None,
+    "uniform": False,
 }
 
 

@@ -97,6 +97,9 @@ def choose(
     alive = dict(zip(((array.layer, array.kind) for array in arrays), counts(alive_G, arrays), strict=True))
     kept = [alive.get((array.layer, array.kind), array.count) for array in partition.arrays]
     total, removed = budget.dense_cost(partition, config), budget.removed_cost(partition, config, kept)
+    allowed = budget.allowance(share, total) - removed
+    if config.uniform:
+        return _uniformly(partition, arrays, config, saliency_G, alive_G, allowed)
     sizes = torch.tensor([array.count for array in arrays])
     limits = torch.tensor([budget.floor_and_multiple(array.kind, config) for array in arrays])
     return budget.select_groups(
@@ -104,7 +107,35 @@ def choose(
         torch.cat(budget.costs_of(partition, arrays, config)),
         torch.arange(sizes.numel()).repeat_interleave(sizes),
         alive_G,
-        budget.allowance(share, total) - removed,
+        allowed,
         limits[:, 0],
         limits[:, 1],
     )
+
+
+def _uniformly(
+    partition: Partition,
+    arrays: Sequence[GroupArray],
+    config: OTOConfig,
+    saliency_G: Tensor,
+    alive_G: Tensor,
+    allowed: int,
+) -> Tensor:
+    """The groups of the lowest saliency in every block, as many of a kind in each."""
+    saliencies, alive = split(saliency_G, arrays), split(alive_G, arrays)
+    costs = budget.costs_of(partition, arrays, config)
+    scores, next_costs, cuts = {}, {}, {}
+    for kind in config.structures:
+        mine = [index for index, array in enumerate(arrays) if array.kind == kind]
+        if not mine:
+            continue
+        left = int(alive[mine[0]].sum())
+        scores[kind] = torch.stack([saliencies[index][alive[index]] for index in mine])
+        next_costs[kind] = costs[mine[0]][arrays[mine[0]].count - left :]
+        cuts[kind] = budget.uniform_cuts(partition, kind, left, *budget.floor_and_multiple(kind, config))
+    number = budget.select_uniformly(scores, next_costs, cuts, allowed)
+    chosen_G = torch.zeros_like(alive_G)
+    for array, chosen, saliency_g, alive_g in zip(arrays, split(chosen_G, arrays), saliencies, alive, strict=True):
+        lowest = saliency_g.double().masked_fill(~alive_g, torch.inf).sort(stable=True).indices
+        chosen[lowest[: number[array.kind]]] = True
+    return chosen_G

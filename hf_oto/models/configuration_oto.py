@@ -52,6 +52,7 @@ class BlockSpec:
     query_bias: bool | str = True
     out_bias: bool | str = True
     neuron_bias: bool | str = True
+    heads_divide: bool = False  # whether the family's config asks for a hidden size that is a multiple of the heads
     own_head_size: bool = False  # whether the family's config has a `head_dim`, which need not be hidden size / heads
     positions_after_padding: bool = False  # whether positions are counted from the padding token's id + 1
     embeddings: str = "embeddings"
@@ -105,6 +106,7 @@ _LLAMA = BlockSpec(
     out_bias="attention_bias",
     neuron_bias="mlp_bias",
     own_head_size=True,
+    heads_divide=True,
     embeddings="embed_tokens",
     refused=(),
 )
@@ -182,7 +184,9 @@ BLOCK_SPECS: dict[str, BlockSpec] = {
     "wav2vec2": _WAV2VEC2,
     "hubert": _WAV2VEC2,
     "llama": _LLAMA,
-    "qwen3": replace(_LLAMA, head_norms=("self_attn.q_norm", "self_attn.k_norm"), neuron_bias=False),
+    "qwen3": replace(
+        _LLAMA, head_norms=("self_attn.q_norm", "self_attn.k_norm"), neuron_bias=False, heads_divide=False
+    ),
 }
 
 # The pruned architectures' `model_type` is this prefix and the family's own, "-" written as "_": "oto_xlm_roberta".

@@ -165,6 +165,19 @@ class Partition:
         """What every block has now."""
         return BlockCounts.of_arrays([array.count for array in self.arrays])
 
+    def plain_counts(self, kind: str) -> list[int]:
+        """
+        How many groups of a kind, none excepted, every block may keep in a config of the family's own: any number of
+        neurons; of heads all, or where the config has a head size of its own, those that it takes.
+        """
+        dense, spec = self.dense_count(kind), BLOCK_SPECS[self.model_type]
+        if kind == "heads" and not spec.own_head_size:
+            return [dense]
+        divides = kind == "heads" and spec.heads_divide
+        return [
+            count for count in range(1, dense + 1) if not divides or self.hidden_size % (count * self.queries) == 0
+        ]
+
     def dense_count(self, kind: str) -> int:
         """Groups of a kind that every block had before any pruning."""
         return self.dense_heads if kind == "heads" else self.dense_neurons

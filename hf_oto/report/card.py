@@ -40,6 +40,7 @@ def card_section(
     repo_id: str,
     auto_class: str = "AutoModel",
     loading: str | None = None,
+    plain: bool = False,
     pictures: Sequence[str] = (),
     scores: Mapping[str, float] | None = None,
     dense_scores: Mapping[str, float] | None = None,
@@ -52,6 +53,7 @@ def card_section(
         repo_id (`str`): Where it is loaded from.
         auto_class (`str`, *optional*, defaults to `"AutoModel"`): The Auto class of its task.
         loading (`str`, *optional*): Python that loads it, where that is no Auto class.
+        plain (`bool`, *optional*, defaults to `False`): Whether it is of the family's own class, without code.
         pictures (`Sequence[str]`, *optional*):
             Those of `"layers"` and `"run"` that lie beside the card, as [`save_figures`] writes them.
         scores, dense_scores (`Mapping[str, float]`, *optional*):
@@ -65,10 +67,12 @@ def card_section(
     table = "\n".join(["| | dense | this model |", "| --- | --- | --- |", *rows]) + "\n\n" if rows else ""
     layers = f"![{CAPTIONS['layers']}](layers.png)\n\n" if "layers" in pictures else ""
     run = f"![{CAPTIONS['run']}](run.png)\n\n" if "run" in pictures else ""
+    trusting = "" if plain else ", trust_remote_code=True"
     loading = loading or (
-        f"from transformers import {auto_class}\n\n"
-        f'model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)'
+        f'from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained("{repo_id}"{trusting})'
     )
+    without = "It is a model of its family's own class, and needs no code of its own."
+    without = without if plain else "With `import hf_oto` before it, `trust_remote_code` is not needed."
     faster = ""
     if summary.latency_ratio is not None:
         faster = (
@@ -89,7 +93,7 @@ While it was fine-tuned, whole attention heads and feed-forward neurons were rem
 {loading}
 ```
 
-With `import hf_oto` before it, `trust_remote_code` is not needed.
+{without}
 
 """
 

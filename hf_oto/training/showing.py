@@ -65,6 +65,7 @@ def complete_card(
         summary,
         repo_id=repo_id,
         auto_class=auto_class_of(model),
+        plain=config.uniform,
         pictures=tuple(drawn),
         scores=logged[-1] if logged else None,
         dense_scores=dense_scores,

@@ -124,7 +124,8 @@ class OTOTrainer(PruningTrainer, CheckpointingTrainer):
         model = gather(part) if is_sharded(part) else part
         if model is None:
             return None
-        return compress(model, show_progress=not self.args.disable_tqdm and self.is_world_process_zero())
+        plain = self.oto_config.uniform and self._at_target
+        return compress(model, plain=plain, show_progress=not self.args.disable_tqdm and self.is_world_process_zero())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """

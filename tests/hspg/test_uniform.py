@@ -1,0 +1,140 @@
+"""Every block keeps equally many groups: what is chosen, and the model of the family's own class that comes of it."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from families import ONE_EACH, counts, family_of, largest_difference, outputs, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from short_runs import make
+
+from hf_oto import HSPG, OTOConfig, compress, partition
+from hf_oto.hspg.budget import check_target, reach, select_uniformly, uniform_cuts
+
+NEURONS = {"structures": ("neurons",), "min_neurons": 4, "round_to": 4, "uniform": True}
+
+
+@given(
+    st.integers(1, 4),
+    st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    st.integers(0, 400),
+    st.integers(0, 5),
+)
+def test_the_pair_of_least_score_that_fits_and_is_full(blocks, head_costs, neuron_costs, budget, seed):
+    """Against every pair, tried one by one."""
+    generator = torch.Generator().manual_seed(seed)
+    costs = {"heads": torch.tensor(head_costs), "neurons": torch.tensor(neuron_costs)}
+    scores = {kind: torch.rand(blocks, len(cost), generator=generator) for kind, cost in costs.items()}
+    cuts = {"heads": list(range(len(head_costs) + 1)), "neurons": list(range(0, len(neuron_costs) + 1, 2))}
+    number = select_uniformly(scores, costs, cuts, budget)
+
+    def spent(pair):
+        return blocks * sum(int(costs[kind][:cut].sum()) for kind, cut in pair.items())
+
+    def score(pair):
+        lowest = {kind: scores[kind].double().sort(dim=1).values for kind in pair}
+        return sum(float(lowest[kind][:, :cut].sum()) for kind, cut in pair.items())
+
+    pairs = [dict(zip(cuts, pair, strict=True)) for pair in itertools.product(*cuts.values())]
+    fitting = [pair for pair in pairs if spent(pair) <= budget]
+    full = [pair for pair in fitting if not any(more != pair and covers(more, pair) for more in fitting)]
+    assert number in full
+    assert score(number) == pytest.approx(min(map(score, full)))
+
+
+def covers(more, pair):
+    return all(more[kind] >= pair[kind] for kind in pair)
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_a_run_keeps_as_many_neurons_in_every_block(name, tmp_path):
+    """At every step where a period ends, not only at the last; what is saved is of the family's own class."""
+    trainer = make(tmp_path, name, OTOConfig(target_sparsity=0.4, pruning_periods=3, **NEURONS), logging_steps=1)
+    dense = tiny_model(name)
+    trainer.train()
+    seen = {entry["neurons"] for entry in trainer.state.log_history if "neurons" in entry}
+    assert len(seen) > 1 and all(number % 3 == 0 for number in seen)
+    (heads, neurons), *others = counts(trainer.compressed_model())
+    assert others == [(heads, neurons)] * 2 and heads == 4 and neurons % 4 == 0 and neurons < 24
+    groups, found = partition(dense), trainer.hspg.metrics()
+    cheapest = reach(groups, trainer.oto_config).cheapest / reach(groups, trainer.oto_config).total
+    assert 0.4 - cheapest < found["removed_params"] <= 0.4
+    trainer.save_model(str(tmp_path / "small"))
+    small = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "small")
+    assert type(small) is type(dense)
+    saved = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert saved["model_type"] == family_of(name) and not {"auto_map", "per_layer_config"} & set(saved)
+    assert not list((tmp_path / "small").glob("*.py"))
+    assert largest_difference(outputs(small), outputs(trainer.model.eval())) <= 1e-5
+
+
+def test_a_shrunk_run_resumes_and_ends_in_the_same_form(tmp_path):
+    config = OTOConfig(target_sparsity=0.4, pruning_periods=3, shrink_during_training=True, **NEURONS)
+    trainer = make(tmp_path / "run", config=config, save_strategy="steps", save_steps=12)
+    trainer.train()
+    again = make(tmp_path / "again", config=config, save_strategy="steps", save_steps=12)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-12"))
+    first, second = (
+        transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / name) for name in ("run", "again")
+    )
+    assert type(first).__name__ == type(second).__name__ == "BertForQuestionAnswering"
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_heads_go_where_a_config_has_a_head_size():
+    model = tiny_model("Qwen3ForQuestionAnswering")
+    config = OTOConfig(target_sparsity=0.5, uniform=True, min_neurons=4, round_to=4, pruning_periods=2)
+    optimizer = HSPG(torch.optim.SGD(model.named_parameters(), lr=1e-3), partition(model), config, total_steps=12)
+    for _ in range(12):
+        outputs_of = model(input_ids=torch.randint(2, 61, (2, 9)))
+        sum(value.square().mean() for value in outputs_of.values() if value.is_floating_point()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    small = compress(model, plain=True)
+    assert type(small) is type(model)
+    assert small.config.num_key_value_heads < model.config.num_key_value_heads or small.config.intermediate_size < 24
+
+
+def test_what_cannot_be_uniform_is_refused():
+    groups = partition(tiny_model("BertForQuestionAnswering"))
+    with pytest.raises(ValueError, match="structures.*neurons.*all 4 heads stay"):
+        check_target(groups, OTOConfig(uniform=True))
+    with pytest.raises(ValueError, match="needs a `target_sparsity`"):
+        check_target(groups, OTOConfig(target_sparsity=None, uniform=True, structures=("neurons",)))
+    model = tiny_model("BertForQuestionAnswering")
+    array = partition(model).arrays[1]
+    with torch.no_grad():
+        for owned in array.owned:
+            positions = owned.positions(array.count, torch.arange(4))
+            dict(model.named_parameters())[owned.name].index_fill_(owned.dim, positions, 0)
+    with pytest.raises(ValueError, match=r"equally many neurons, got \[20, 24\]"):
+        check_target(partition(compress(model)), OTOConfig(**NEURONS))
+
+
+def test_what_a_config_of_the_family_takes():
+    llama, qwen = (partition(tiny_model(f"{name}ForQuestionAnswering")) for name in ("Llama", "Qwen3"))
+    for groups in (llama, qwen):
+        for count in groups.plain_counts("heads"):
+            assert 0 < count <= groups.dense_heads
+    assert all(llama.hidden_size % (count * llama.queries) == 0 for count in llama.plain_counts("heads"))
+    assert qwen.plain_counts("heads") == list(range(1, qwen.dense_heads + 1))
+    assert uniform_cuts(qwen, "neurons", 24, 4, 8) == [0, 8, 16]
+
+
+@pytest.mark.slow
+def test_hf_oto_is_not_needed(tmp_path):
+    make(tmp_path, config=OTOConfig(target_sparsity=0.4, pruning_periods=3, **NEURONS), save_strategy="epoch").train()
+    code = f"""if True:
+        import sys
+        sys.modules["hf_oto"] = None
+        from transformers import AutoModelForQuestionAnswering
+        print(type(AutoModelForQuestionAnswering.from_pretrained({str(tmp_path)!r})).__module__)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "transformers.models.bert.modeling_bert", done.stderr
