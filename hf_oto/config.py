@@ -7,15 +7,20 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 CONFIG_NAME = "oto_config.json"
 
 TARGET_UNITS = ("params", "macs", "groups", "latency")
 STRUCTURES = ("heads", "neurons")
+if TYPE_CHECKING:
+    Names = Sequence[str]  # any; a tuple once it is in the config
+else:
+    Names = list[str]  # into which `HfArgumentParser` reads several words
+
 SALIENCIES = ("fisher", "taylor", "magnitude", "random")
 
 
@@ -279,7 +284,7 @@ class OTOConfig:
     target_unit: str = "params"
     macs_sequence_length: int = 384
     latency_table: LatencyTable | None = None
-    structures: tuple[str, ...] = STRUCTURES
+    structures: Names = field(default_factory=lambda: STRUCTURES)
     warmup_ratio: float = 0.15
     pruning_end_ratio: float = 0.6
     pruning_periods: int = 10
@@ -299,9 +304,13 @@ class OTOConfig:
     hidden_state_weight: float = 0.0
 
     def __post_init__(self) -> None:
+        for setting in dataclasses.fields(self):  # numpy's numbers and words become Python's
+            value = getattr(self, setting.name)
+            if type(value).__module__ == "numpy":
+                object.__setattr__(self, setting.name, value.tolist())
         if isinstance(self.structures, str):
             raise TypeError(f"`structures` must be a list of names, got the string {self.structures!r}.")
-        object.__setattr__(self, "structures", tuple(self.structures))
+        object.__setattr__(self, "structures", tuple(str(name) for name in self.structures))
         _check_choice("target_unit", self.target_unit, TARGET_UNITS)
         if self.latency_table is not None:
             object.__setattr__(self, "latency_table", LatencyTable.of(self.latency_table))

@@ -5,10 +5,12 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 from families import made_table, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import HfArgumentParser
 
 from hf_oto.config import CONFIG_NAME, SALIENCIES, STRUCTURES, TARGET_UNITS, OTOConfig
 from hf_oto.models.groups import partition
@@ -145,3 +147,23 @@ def test_bad_file_is_refused(tmp_path, text, rule):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"No {CONFIG_NAME} in"):
         OTOConfig.from_pretrained(tmp_path)
+
+
+def test_numpys_numbers_are_numbers():
+    numbers = {"target_sparsity": np.float32(0.5), "min_heads": np.int64(2), "uniform": np.bool_(True)}
+    config = OTOConfig(**numbers, structures=np.array(["neurons"]))
+    assert config == OTOConfig(target_sparsity=0.5, min_heads=2, uniform=True, structures=("neurons",))
+    assert json.loads(json.dumps(config.to_dict()))["min_heads"] == 2
+    with pytest.raises(ValueError, match=r"`target_sparsity` must be in \[0, 1\), got 1.5"):
+        OTOConfig(target_sparsity=np.float64(1.5))
+    with pytest.raises(TypeError, match="`min_heads` must be an integer, got 1.0"):
+        OTOConfig(min_heads=np.float64(1))
+
+
+def test_transformers_parser_reads_the_settings():
+    parser = HfArgumentParser(OTOConfig)
+    (config,) = parser.parse_args_into_dataclasses(["--structures", "heads", "neurons", "--target_sparsity", "0.3"])
+    assert config == OTOConfig(target_sparsity=0.3)
+    (config,) = parser.parse_args_into_dataclasses(["--structures", "neurons", "--shrink_during_training"])
+    assert config == OTOConfig(structures=("neurons",), shrink_during_training=True)
+    assert parser.parse_args_into_dataclasses([]) == (OTOConfig(),)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_oto.config import OTOConfig
+from hf_oto.config import STRUCTURES, OTOConfig
 
 
 @dataclass
@@ -103,7 +103,7 @@ def _compression_field(setting: dataclasses.Field) -> tuple[str, Any, dataclasse
         metadata["help"] += ' "none" runs HSPG as published.'
         return setting.name, str | None, field(default=str(setting.default), metadata=metadata)
     if setting.name == _AS_LIST:
-        return setting.name, list[str], field(default_factory=lambda: list(setting.default), metadata=metadata)
+        return setting.name, list[str], field(default_factory=lambda: list(STRUCTURES), metadata=metadata)
     if setting.name == _AS_PATH:
         metadata["help"] += " The file that `hf-oto latency` wrote."
         return setting.name, str | None, field(default=None, metadata=metadata)
