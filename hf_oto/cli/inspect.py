@@ -81,42 +81,48 @@ def inspect(
         *summary.table().renderables,
     ]
     if target is not None:
-        check_target(groups, settings)
-        limits = reach(groups, settings)
-        budget = allowance(target, limits.total)
-        examples = {
-            name: summarize_kept(found, kept, **options) for name, kept in target_examples(groups, settings).items()
-        }
-        numbers["target"] = {
-            **settings.to_dict(),
-            "total": limits.total,
-            "removed_already": limits.removed,
-            "budget": budget,
-            "reachable": limits.reachable,
-            "reachable_share": limits.reachable / limits.total if limits.total else 0.0,
-            "leaves": {name: example.to_dict() for name, example in examples.items()},
-        }
-        share = f"{limits.reachable / limits.total:.2%}" if limits.total else "nothing"
-        currency = "ns of latency" if target_unit == "latency" else target_unit
-        parts.append(
-            f"A target of {target} removes at most {budget:,} of {limits.total:,} {currency}. The floors "
-            f"(min_heads {min_heads}, min_neurons {min_neurons}, round_to {round_to}) let {share} go. Training finds "
-            f"which groups go; the blocks would keep, if it were"
-        )
-        timed = ("latency, ns", "share") if settings.latency_table else ()
-        columns = ("heads", "neurons", "parameters", "share", "MACs", "share", *timed, "all parameters")
-        table = markdown_table("", *columns)
-        for name, example in examples.items():
-            table.add_row(
-                name,
-                f"{sum(example.heads):,}",
-                f"{sum(example.neurons):,}",
-                f"{example.prunable_parameters:,}",
-                f"{example.prunable_ratio:.1%}",
-                f"{example.macs:,}",
-                f"{example.macs_ratio:.1%}",
-                *((f"{example.latency:,}", f"{example.latency_ratio:.1%}") if timed else ()),
-                f"{example.parameters:,}",
-            )
-        parts.append(table)
+        numbers["target"], said = _target(found, settings, options)
+        parts += said
     show(numbers, parts, as_json)
+
+
+def _target(found: PreTrainedModel, settings: OTOConfig, options: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """What a target would leave: its numbers, and what is printed of them."""
+    groups = partition(found)
+    check_target(groups, settings)
+    limits = reach(groups, settings)
+    budget = allowance(settings.target_sparsity or 0.0, limits.total)
+    examples = {
+        name: summarize_kept(found, kept, **options) for name, kept in target_examples(groups, settings).items()
+    }
+    numbers = {
+        **settings.to_dict(),
+        "total": limits.total,
+        "removed_already": limits.removed,
+        "budget": budget,
+        "reachable": limits.reachable,
+        "reachable_share": limits.reachable / limits.total if limits.total else 0.0,
+        "leaves": {name: example.to_dict() for name, example in examples.items()},
+    }
+    share = f"{limits.reachable / limits.total:.2%}" if limits.total else "nothing"
+    currency = "ns of latency" if settings.target_unit == "latency" else settings.target_unit
+    text = (
+        f"A target of {settings.target_sparsity} removes at most {budget:,} of {limits.total:,} {currency}. The "
+        f"floors (min_heads {settings.min_heads}, min_neurons {settings.min_neurons}, round_to {settings.round_to}) "
+        f"let {share} go. Training finds which groups go; the blocks would keep, if it were"
+    )
+    timed = ("latency, ns", "share") if settings.latency_table else ()
+    table = markdown_table("", "heads", "neurons", "parameters", "share", "MACs", "share", *timed, "all parameters")
+    for name, example in examples.items():
+        table.add_row(
+            name,
+            f"{sum(example.heads):,}",
+            f"{sum(example.neurons):,}",
+            f"{example.prunable_parameters:,}",
+            f"{example.prunable_ratio:.1%}",
+            f"{example.macs:,}",
+            f"{example.macs_ratio:.1%}",
+            *((f"{example.latency:,}", f"{example.latency_ratio:.1%}") if timed else ()),
+            f"{example.parameters:,}",
+        )
+    return numbers, [text, table]

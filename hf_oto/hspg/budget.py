@@ -370,10 +370,19 @@ def select_groups(
     score_I.index_add_(0, item_A, score_G[group_A].double())
     array_I = array_A[new_A]
 
+    chosen_I = _fitting_items(score_I, cost_I, array_I, budget)
+    chosen_G[group_A[chosen_I[item_A]]] = True
+    return chosen_G
+
+
+def _fitting_items(score_I: Tensor, cost_I: Tensor, array_I: Tensor, budget: int) -> Tensor:
+    """The items of the lowest score per cost, those of an array in their order, until none that is next would fit.
+
+    Shapes: all `[I]`, array by array -> bool `[I]`.
+    """
     start_I = torch.ones_like(array_I, dtype=torch.bool)
     start_I[1:] = array_I[1:] != array_I[:-1]
     chain_I = start_I.cumsum(0) - 1
-
     order_I = _ascending_ratios(score_I, cost_I, chain_I).sort(stable=True).indices
     chosen_I = torch.zeros_like(cost_I, dtype=torch.bool)
     # Every pass takes at least one item, and drops those that cost more than is left with all that come after them.
@@ -383,12 +392,10 @@ def select_groups(
         before_I -= (before_I - dropped_I)[start_I][chain_I]
         order_I = order_I[((before_I == 0) & ~chosen_I)[order_I]]
         if not order_I.numel():
-            break
+            return chosen_I
         fits = order_I[cost_I[order_I].cumsum(0) <= budget]
         chosen_I[fits] = True
         budget -= int(cost_I[fits].sum())
-    chosen_G[group_A[chosen_I[item_A]]] = True
-    return chosen_G
 
 
 def _ascending_ratios(score_I: Tensor, cost_I: Tensor, chain_I: Tensor) -> Tensor:

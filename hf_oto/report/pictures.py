@@ -44,31 +44,8 @@ def layers_figure(
         `ImportError`: There is no matplotlib.
     """
     figure, (grid, bars) = _panels(width=max(6.0, 1.5 + 0.42 * len(heads)), height=5.5, top=0.6)
-    from matplotlib.colors import ListedColormap  # there, or `_panels` had raised
-
     layers = range(len(heads))
-    which = [range(count) for count in heads] if kept_heads is None else kept_heads
-    if layers and dense_heads:
-        cells = [[int(head in kept) for kept in which] for head in range(dense_heads)]
-        colours = ListedColormap([REMOVED, KEPT])
-        grid.pcolormesh(
-            [layer - 0.5 for layer in range(len(heads) + 1)],
-            [head - 0.5 for head in range(dense_heads + 1)],
-            cells,
-            cmap=colours,
-            vmin=0,
-            vmax=1,
-            edgecolors="white",
-            linewidth=1.5,
-        )
-    grid.set_ylabel("heads (how many)" if kept_heads is None else "head")
-    grid.set_ylim(-0.5, max(dense_heads, 1) - 0.5)
-    if kept_heads is None:  # counted from one
-        step = math.ceil(dense_heads / 6)
-        numbers = range(step, dense_heads + 1, step)
-        grid.set_yticks([number - 1 for number in numbers], [str(number) for number in numbers])
-    else:
-        grid.yaxis.get_major_locator().set_params(integer=True)
+    _draw_heads(grid, heads, dense_heads, kept_heads)
     bars.bar(layers, [dense_neurons] * len(layers), width=0.86, color=REMOVED, label="removed")
     bars.bar(layers, neurons, width=0.86, color=KEPT, label="kept")
     bars.set_ylabel("FFN width (neurons)")
@@ -84,6 +61,32 @@ def layers_figure(
         *bars.get_legend_handles_labels(), loc="lower right", bbox_to_anchor=(0.99, 0.0), ncols=2, frameon=False
     )
     return figure
+
+
+def _draw_heads(grid: Any, heads: Sequence[int], dense_heads: int, kept: Sequence[Sequence[int]] | None) -> None:
+    """A cell for each head of each layer, dark where it is kept."""
+    from matplotlib.colors import ListedColormap  # there, or `_panels` had raised
+
+    which = [range(count) for count in heads] if kept is None else kept
+    if heads and dense_heads:
+        grid.pcolormesh(
+            [layer - 0.5 for layer in range(len(heads) + 1)],
+            [head - 0.5 for head in range(dense_heads + 1)],
+            [[int(head in numbers) for numbers in which] for head in range(dense_heads)],
+            cmap=ListedColormap([REMOVED, KEPT]),
+            vmin=0,
+            vmax=1,
+            edgecolors="white",
+            linewidth=1.5,
+        )
+    grid.set_ylabel("heads (how many)" if kept is None else "head")
+    grid.set_ylim(-0.5, max(dense_heads, 1) - 0.5)
+    if kept is None:  # counted from one
+        step = math.ceil(dense_heads / 6)
+        counted = range(step, dense_heads + 1, step)
+        grid.set_yticks([number - 1 for number in counted], [str(number) for number in counted])
+    else:
+        grid.yaxis.get_major_locator().set_params(integer=True)
 
 
 def run_figure(log_history: Sequence[Mapping[str, Any]]) -> Any:
