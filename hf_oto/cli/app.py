@@ -16,8 +16,8 @@ from typer.core import TyperGroup
 COMMANDS = {
     "inspect": "Show a model's groups, what it has kept, and what a target would leave.",
     "compress": "Cut the zero groups out of a training checkpoint: a small model, in a folder of its own.",
-    "bench": "Time two models side by side on the CPU, their runs taking turns.",
-    "latency": "Measure what heads and neurons take on this device, for a target in latency.",
+    "bench": "Time two models side by side on a device, their runs taking turns.",
+    "latency": "Measure what heads and neurons take on a device, for a target in latency.",
     "export": "Write a model as ONNX, for any batch size and length, checked with ONNX Runtime.",
     "answer": "Answer questions about a text.",
 }

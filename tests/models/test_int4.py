@@ -3,11 +3,13 @@
 import pytest
 import torch
 from families import counts, outputs, tiny_model, zero
-from torchao.quantization import IntxWeightOnlyConfig, quantize_
-from torchao.quantization.granularity import PerGroup
 
 from hf_oto import OTOConfig, compress, partition
 from hf_oto.hspg.budget import floor_and_multiple
+
+# In no extra: where its GPU kernels do not load it says so on every import of Transformers, in every process.
+quantization = pytest.importorskip("torchao.quantization")
+granularity = pytest.importorskip("torchao.quantization.granularity")
 
 GROUP = 32
 
@@ -25,7 +27,9 @@ def quantized(model):
     def in_blocks(module, name):
         return isinstance(module, torch.nn.Linear) and "layers" in name
 
-    quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP)), filter_fn=in_blocks)
+    groups = granularity.PerGroup(GROUP)
+    int4 = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups)
+    quantization.quantize_(model, int4, filter_fn=in_blocks)
     return model
 
 
