@@ -278,8 +278,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    disable_progress_bars()
-    logging.disable_progress_bar()
     line = json.dumps(run(options))
     options.results.parent.mkdir(parents=True, exist_ok=True)
     with open(options.results, "a", encoding="utf-8") as file:
@@ -288,4 +286,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    disable_progress_bars()
+    logging.disable_progress_bar()
     main()

@@ -235,7 +235,7 @@ def test_what_cannot_be_measured_is_refused():
     for name, value in (("batch_size", 0), ("length", 0), ("repeats", 0), ("warmup", 0), ("threads", 0)):
         with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
             measure_latency(model, **{name: value})
-    with pytest.raises(ValueError, match="`length` must be at most 39, what the model reads, got 200"):
+    with pytest.raises(ValueError, match="`length` must be at most 40, what the model reads, got 200"):
         measure_latency(model, length=200)
     with pytest.raises(ValueError, match="`cpu_time` is for `threads`=1 on the CPU, got 2 threads"):
         measure_latency(model, threads=2, cpu_time=True, length=8)

@@ -574,6 +574,7 @@ OTHERS = {
     "distillation_weight": 0.5,
     "distillation_temperature": 4.0,
     "hidden_state_weight": 0.1,
+    "uniform": True,
     "shrink_during_training": True,
     "keep_dropout": False,
 }
