@@ -52,13 +52,23 @@ class ActedWeights:
     def _find(self) -> None:
         arrays, groups, places = self._chosen
         entries = devices.entries(local(self._parameters[0]))
-        firsts = list(accumulate((array.count for array in arrays), initial=0))
-        order: Sequence[int] = range(len(arrays))
+        self._order: Sequence[int] = range(len(arrays))
         if self._foreach:
-            self._weights, order = stacked_weights(arrays, groups, places, entries)
+            self._weights, self._order = stacked_weights(arrays, groups, places, entries)
         else:
             self._weights = [part for each in group_weights(arrays, groups, places) for part in each.split(entries)]
-        self.groups_A = torch.cat([groups[index] + firsts[index] for index in order]).to(self._device)
+        self._number = sum(groups_g.numel() for groups_g in groups)
+        self._numbers_A = None if devices.gathers(local(self._parameters[0])) else self._numbered().to(self._device)
+
+    @property
+    def groups_A(self) -> Tensor:
+        """The groups' numbers among all, int64: kept where the weights are if that is not where they are counted."""
+        return self._numbered() if self._numbers_A is None else self._numbers_A
+
+    def _numbered(self) -> Tensor:
+        arrays, groups, _ = self._chosen
+        firsts = list(accumulate((array.count for array in arrays), initial=0))
+        return torch.cat([groups[index] + firsts[index] for index in self._order])
 
     @property
     def _device(self) -> torch.device:
@@ -74,7 +84,7 @@ class ActedWeights:
             return
         if self._foreach and [pointer for pointer, _ in marks] != [pointer for pointer, _ in self._marks]:
             self._find()
-        self._values, self._sq_norm_A = read(self._weights, torch.zeros(len(self.groups_A), device=self._device))
+        self._values, self._sq_norm_A = read(self._weights, torch.zeros(self._number, device=self._device))
         self._sum_up(self._sq_norm_A)
 
     def step(self, *, epsilon: float | None, steps_left: int | None, lmbda: float) -> Tensor:

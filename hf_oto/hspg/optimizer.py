@@ -182,8 +182,8 @@ class HSPG(Optimizer):
         epsilon = None if self.stage == "warmup" else self.config.epsilon
         zero_A = acting.step(epsilon=epsilon, steps_left=None, lmbda=self.config.lmbda)
         status_G = self._kept[STATUS]
-        status_A = status_G[acting.groups_A].masked_fill_(zero_A, ZERO)
-        status_G.index_copy_(0, acting.groups_A, status_A)
+        groups_A = acting.groups_A
+        status_G.index_copy_(0, groups_A, status_G[groups_A].masked_fill_(zero_A, ZERO))
 
     def _ends_period(self, step: int) -> bool:
         """Whether redundant groups are zero for good after this step."""

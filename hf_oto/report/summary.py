@@ -181,7 +181,8 @@ def summarize(
             `latency_table` is of another architecture.
     """
     if isinstance(model_or_partition, Partition):
-        kept = [torch.ones(array.count, dtype=torch.bool) for array in model_or_partition.arrays]
+        arrays = model_or_partition.arrays
+        kept = [torch.ones(array.count, dtype=torch.bool) for array in arrays]
     else:
         if is_sharded(model_or_partition):
             raise ValueError(

@@ -524,7 +524,7 @@ def test_bench_on_other_backends(backend, pair, monkeypatch):
 
 def test_what_cannot_be_timed_is_refused(pair, monkeypatch):
     assert "must be one of eager, compile, onnx, onnx-int8, got 'tpu'" in refused("bench", *pair, "--backend", "tpu")
-    assert "`length` must be at most 39, what both models read, got 40" in refused("bench", *pair, "--length", 40)
+    assert "`length` must be at most 40, what both models read, got 41" in refused("bench", *pair, "--length", 41)
     assert "`dtype` must be one of float32, bfloat16, float16, got 'int8'" in refused(
         "bench", *pair, "--dtype", "int8"
     )

@@ -98,7 +98,7 @@ def run_trainer(folder: Path) -> None:
             disable_tqdm=True,
         ),
         train_dataset=[{key: value[row] for key, value in questions.items()} for row in range(32)],
-        oto_config=OTOConfig(min_neurons=4, round_to=4, shrink_during_training=True),  # not under DDP, as it will say
+        oto_config=OTOConfig(min_neurons=4, round_to=4),
     )
     trainer.train()
     weights = {key: value.detach().clone() for key, value in trainer.model.state_dict().items()}

@@ -127,7 +127,7 @@ def test_ranks_that_are_taught_take_the_step_of_one_process(ran, average):
 
 
 def test_trainer_on_two_ranks_saves_once_what_both_hold(tmp_path):
-    assert "`shrink_during_training` does nothing: DistributedDataParallel" in launch("trainer", tmp_path)
+    launch("trainer", tmp_path)
     first, second = (torch.load(tmp_path / f"trainer-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert torch.equal(first["status"], second["status"]) and (first["status"] == ZERO).any()
     assert all(torch.equal(first["weights"][key], second["weights"][key]) for key in first["weights"])
