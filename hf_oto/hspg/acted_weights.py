@@ -44,7 +44,10 @@ class ActedWeights:
         self._foreach = whole and not devices.gathers(self._parameters[0])
         self._keeps = keeps and whole
         self._weights: Weights
+        self._numbers_A: Tensor | None = None
         self._find()
+        if keeps and not self._foreach:  # nobody asks for them again
+            self._chosen = arrays, [], places
         self._values: list[Tensor] = []
         self._sq_norm_A = torch.zeros(0)
         self._marks: list[tuple[int, int]] = []
@@ -58,17 +61,15 @@ class ActedWeights:
         else:
             self._weights = [part for each in group_weights(arrays, groups, places) for part in each.split(entries)]
         self._number = sum(groups_g.numel() for groups_g in groups)
-        self._numbers_A = None if devices.gathers(local(self._parameters[0])) else self._numbered().to(self._device)
 
     @property
     def groups_A(self) -> Tensor:
-        """The groups' numbers among all, int64: kept where the weights are if that is not where they are counted."""
-        return self._numbered() if self._numbers_A is None else self._numbers_A
-
-    def _numbered(self) -> Tensor:
-        arrays, groups, _ = self._chosen
-        firsts = list(accumulate((array.count for array in arrays), initial=0))
-        return torch.cat([groups[index] + firsts[index] for index in self._order])
+        """The groups' numbers among all, int64, of weights that are not remembered."""
+        if self._numbers_A is None:
+            arrays, groups, _ = self._chosen
+            firsts = list(accumulate((array.count for array in arrays), initial=0))
+            self._numbers_A = torch.cat([groups[index] + firsts[index] for index in self._order]).to(self._device)
+        return self._numbers_A
 
     @property
     def _device(self) -> torch.device:
