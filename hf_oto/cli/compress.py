@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..config import CONFIG_NAME as OTO_CONFIG_NAME
 from ..config import OTOConfig
 from ..deploy.model_files import copy_beside_weights
+from ..models.configuration_oto import PRUNED_PREFIX
 from ..models.folders import folder_beside
 from ..models.groups import partition
 from ..models.surgery import compress as cut
@@ -32,7 +33,8 @@ def compress(
     Cut the zero groups out of a training checkpoint: a small model, in a folder of its own.
 
     The cut model is compared with the checkpoint's before it is written. The code for loading without hf_oto comes
-    with it, and everything in the checkpoint's folder but its weights, config, code and training state.
+    with it, and everything in the checkpoint's folder but its weights, config, code and training state. With --plain
+    no code is needed; a pruned model whose blocks are of one size takes that form, too.
 
     Example: hf-oto compress out/checkpoint-1000 small
     """
@@ -46,7 +48,7 @@ def compress(
     summary = summarize(model, sequence_length=settings.macs_sequence_length, latency_table=settings.latency_table)
     before = partition(model)
     zeros = before.num_groups - sum(summary.heads) - sum(summary.neurons)
-    if not zeros:
+    if not zeros and not (plain and model.config.model_type.startswith(PRUNED_PREFIX)):
         raise ValueError(
             f"{checkpoint} has no group of zeros, there is nothing to cut out. Use a checkpoint that OTOTrainer wrote "
             f"after its first pruning period, best one of the recovery stage."

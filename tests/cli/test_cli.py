@@ -323,6 +323,9 @@ def test_a_config_that_names_a_head_without_weights_is_a_base_model(tmp_path):
     assert largest_difference(outputs(small), outputs(model)) <= 1e-5
     assert answered("inspect", out)["class"] == "OTOMPNetModel"
     answered("bench", checkpoint, out, "--length", 8, "--repeats", 1)
+    wordpiece().save_pretrained(checkpoint)
+    answered("export", checkpoint, tmp_path / "onnx", "--folder")
+    assert json.loads((tmp_path / "onnx" / "config.json").read_text())["architectures"] == ["MPNetModel"]
 
 
 def test_compress_says_what_went_and_takes_an_empty_folder(tmp_path):
@@ -335,6 +338,41 @@ def test_compress_says_what_went_and_takes_an_empty_folder(tmp_path):
     assert sorted(path.name for path in (tmp_path / "small").iterdir()) == sorted(
         [*CODE, "config.json", "model.safetensors"]
     )
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_compress_writes_the_familys_own_class_where_it_can(name, tmp_path):
+    checkpoint, small, plain, late = (tmp_path / each for each in ("checkpoint", "small", "plain", "late"))
+    model = tiny_model(name)
+    for array in partition(model).arrays:
+        if array.kind == "neurons":
+            zero(model, array, range(array.layer, array.layer + 10))
+    model.save_pretrained(checkpoint)
+    assert "with --plain it loads everywhere" in run("compress", checkpoint, small).stdout
+    assert "--plain" not in run("compress", checkpoint, plain, "--plain").stdout
+    assert answered("compress", small, late, "--plain")["removed"] == {"heads": 0, "neurons": 0}
+    for folder in (plain, late):
+        assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+        config = json.loads((folder / "config.json").read_text())
+        assert config["model_type"] == family_of(name) and not {"auto_map", "per_layer_config"} & set(config)
+        loaded = getattr(transformers, name).from_pretrained(folder)
+        assert largest_difference(outputs(loaded), outputs(model)) <= 1e-5
+    assert "has no group of zeros" in refused("compress", plain, tmp_path / "again", "--plain")
+
+
+def test_compress_names_what_no_config_of_the_familys_own_can_say(tmp_path):
+    saved(tmp_path / "uneven", zeros=True)
+    error = refused("compress", tmp_path / "uneven", tmp_path / "out", "--plain")
+    assert "needs as many heads in every block, got [3, 0, 2]" in error
+    assert "--plain" not in run("compress", tmp_path / "uneven", tmp_path / "small").stdout
+    error = refused("compress", tmp_path / "small", tmp_path / "out", "--plain")
+    assert "needs as many heads in every block, got [3, 0, 2]" in error
+    model = tiny_model(BERT)
+    for array in partition(model).arrays:
+        zero(model, array, range(2))
+    model.save_pretrained(tmp_path / "heads")
+    assert "needs all 4 heads" in refused("compress", tmp_path / "heads", tmp_path / "out", "--plain")
+    assert not (tmp_path / "out").exists()
 
 
 def test_compress_counts_as_the_settings_of_the_run_do(tmp_path):

@@ -39,6 +39,7 @@ NAME, STEPS = ONE_EACH[0], 14
 SIZES = uneven(NAME) | {"num_hidden_layers": 2}
 CONFIG = OTOConfig(min_neurons=3, round_to=3, pruning_periods=3)
 AT_ONCE = OTOConfig(min_neurons=3, round_to=3, pruning_periods=3, warmup_ratio=0.0)
+UNIFORM = OTOConfig(min_neurons=3, round_to=3, pruning_periods=3, uniform=True, structures=("neurons",))
 # What is stopped before which step, and goes on from which kind of checkpoint. Not before the first: torch makes
 # Adam's state to save it, by a step that Adam counts. SGD has none, so torch takes such a step at every save.
 STOPS = {
@@ -325,11 +326,11 @@ def sharded_by_accelerate(state_dict_type: str, **settings) -> dict:
     return {"fsdp": True, "fsdp_config": config | settings}
 
 
-def trainer_of(args: TrainingArguments, model=None) -> OTOTrainer:
+def trainer_of(args: TrainingArguments, model=None, config: OTOConfig = CONFIG) -> OTOTrainer:
     model = model or tiny_model(NAME, **SIZES)
     questions = question_batch(model, size=32)
     rows = [{key: value[row] for key, value in questions.items()} for row in range(32)]
-    return OTOTrainer(model=model, args=args, oto_config=CONFIG, train_dataset=rows, eval_dataset=rows)
+    return OTOTrainer(model=model, args=args, oto_config=config, train_dataset=rows, eval_dataset=rows)
 
 
 def trained(trainer: OTOTrainer, checkpoint: Path | None = None) -> dict:
@@ -370,6 +371,8 @@ def run_trainer(folder: Path) -> dict:
         found[way] = trained(trainer_of(arguments(folder / way, **settings)))
         again = trainer_of(arguments(folder / f"{way}-resumed", **settings))
         found[f"{way}-resumed"] = trained(again, folder / way / "checkpoint-5")
+    sharded = sharded_by_accelerate("FULL_STATE_DICT")
+    found["uniform"] = trained(trainer_of(arguments(folder / "uniform", **sharded), config=UNIFORM))
     return found
 
 

@@ -1,5 +1,6 @@
 """Every block keeps equally many groups: what is chosen, and the model of the family's own class that comes of it."""
 
+import copy
 import itertools
 import json
 import subprocess
@@ -8,14 +9,26 @@ import sys
 import pytest
 import torch
 import transformers
-from families import ONE_EACH, counts, family_of, largest_difference, outputs, tiny_model
+from families import (
+    ONE_EACH,
+    OTHERS,
+    counts,
+    family_of,
+    largest_difference,
+    made_table,
+    outputs,
+    squares,
+    tiny_model,
+    training_batch,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from short_runs import make
 
-from hf_oto import HSPG, OTOConfig, compress, partition
-from hf_oto.hspg.budget import check_target, reach, select_uniformly, uniform_cuts
+from hf_oto import HSPG, OTOConfig, compress, partition, shrink
+from hf_oto.hspg.budget import check_target, dense_cost, reach, removed_cost, select_uniformly, uniform_cuts
 
+STEPS, STOP = 20, 9  # warm-up 3, two periods that end before the steps 8 and 12
 NEURONS = {"structures": ("neurons",), "min_neurons": 4, "round_to": 4, "uniform": True}
 
 
@@ -72,6 +85,70 @@ def test_a_run_keeps_as_many_neurons_in_every_block(name, tmp_path):
     assert saved["model_type"] == family_of(name) and not {"auto_map", "per_layer_config"} & set(saved)
     assert not list((tmp_path / "small").glob("*.py"))
     assert largest_difference(outputs(small), outputs(trainer.model.eval())) <= 1e-5
+
+
+def begin(model, config, steps=STEPS):
+    return HSPG(torch.optim.AdamW(model.named_parameters(), lr=3e-3), partition(model), config, steps)
+
+
+def go_on(model, optimizer, until):
+    """Steps on new rows each, shrunk where that is due."""
+    while optimizer.steps_done < until:
+        found = model(**training_batch(model, optimizer.steps_done))
+        (found.loss if found.get("loss") is not None else squares(found)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if optimizer.shrink_due:
+            shrink(model, optimizer)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_families_shrink_resume_and_are_pruned_again(name, tmp_path):
+    floors = NEURONS | {"min_neurons": 1, "round_to": 1, "macs_sequence_length": 16}
+    config = OTOConfig(target_sparsity=0.84, pruning_periods=2, **floors)
+    model = tiny_model(name)
+    heads = counts(model)[0][0]
+    optimizer = begin(model, config)
+    go_on(model, optimizer, STOP)
+    assert [neurons for _, neurons in counts(model)] == [7] * 3  # shrunk on the way
+    weights, state, smaller = copy.deepcopy((model.state_dict(), optimizer.state_dict(), model.config))
+    go_on(model, optimizer, STEPS)
+    resumed = tiny_model(name)
+    again = begin(resumed, config)
+    shrink(resumed, again, like=smaller)
+    resumed.load_state_dict(weights)
+    again.load_state_dict(state)
+    go_on(resumed, again, STEPS)
+    assert counts(model) == [(heads, 4)] * 3 == counts(resumed)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
+    compress(model, plain=True).save_pretrained(tmp_path)
+    small = getattr(transformers, name).from_pretrained(tmp_path)
+    assert type(small) is getattr(transformers, name) and not list(tmp_path.glob("*.py"))
+    assert largest_difference(outputs(small), outputs(model)) <= 1e-5
+    # What is plain is dense: half of what it has may go again.
+    optimizer = begin(small, OTOConfig(target_sparsity=0.5, **floors))
+    go_on(small, optimizer, STEPS)
+    smaller = compress(small, plain=True)
+    assert type(smaller) is getattr(transformers, name) and counts(smaller) == [(heads, 2)] * 3
+
+
+@pytest.mark.parametrize("unit", ["params", "macs", "groups", "latency"])
+def test_every_unit_is_met(unit):
+    model = tiny_model(ONE_EACH[0])
+    groups = partition(model)
+    table = made_table(groups) if unit == "latency" else None
+    share = reach(groups, OTOConfig(target_unit=unit, latency_table=table, **NEURONS))
+    share = 0.7 * share.reachable / share.total
+    config = OTOConfig(target_sparsity=share, target_unit=unit, latency_table=table, pruning_periods=2, **NEURONS)
+    optimizer = begin(model, config)
+    go_on(model, optimizer, STEPS)
+    (_, neurons), *others = counts(model)
+    assert others == [(4, neurons)] * 2 and neurons % 4 == 0
+
+    def removed(kept):
+        return removed_cost(groups, config, [4, kept] * 3)
+
+    assert removed(neurons) <= share * dense_cost(groups, config) < removed(neurons - 4)
 
 
 def test_a_shrunk_run_resumes_and_ends_in_the_same_form(tmp_path):

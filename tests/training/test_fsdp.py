@@ -150,6 +150,17 @@ def test_trainer_saves_once_what_all_ranks_hold(ran, way):
     assert not [path for path in ran.folder.iterdir() if path.name.startswith(".")]
 
 
+def test_trainer_saves_the_familys_own_class_where_blocks_are_alike(ran):
+    first, second = ran("trainer", 0)["uniform"], ran("trainer", 1)["uniform"]
+    assert same(first, second)
+    full = tiny_model(fsdp_ranks.NAME, **fsdp_ranks.SIZES)
+    full.load_state_dict({key: first[key] for key in full.state_dict()})
+    small = AutoModelForQuestionAnswering.from_pretrained(ran.folder / "uniform")
+    assert type(small) is type(full) and not list((ran.folder / "uniform").glob("*.py"))
+    assert counts(small) == [(3, 18)] * 2  # half of 33 neurons in threes
+    assert largest_difference(outputs(small), outputs(full)) <= 1e-5
+
+
 @pytest.mark.parametrize("way", ["full", "sharded"])
 def test_trainer_resumes_to_the_bit(ran, way):
     for rank in (0, 1):
