@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .renamed import OLD_SETTINGS, read_old_names, renamed
+
 CONFIG_NAME = "oto_config.json"
 
 TARGET_UNITS = ("params", "macs", "groups", "latency")
@@ -26,11 +28,14 @@ SALIENCIES = ("fisher", "taylor", "magnitude", "random")
 
 _KINDS = ("heads", "neurons")
 _COUNTS = ("num_layers", "hidden_size", "head_size", "queries", "dense_heads", "dense_neurons", "total")
-_CONDITIONS = ("batch_size", "length", "threads")
+_CONDITIONS = ("batch_size", "sequence_length", "threads")
 _METHODS = ("clock", "CUDA graph", "device events")
 _WORDS = ("model_type", "device", "dtype", "attention", "torch")
 
+_OLD_NAMES = {"length": "sequence_length"}
 
+
+@renamed(**_OLD_NAMES)
 @dataclass(frozen=True)
 class LatencyTable:
     """
@@ -45,7 +50,7 @@ class LatencyTable:
         total (`int`): Nanoseconds of a forward of the dense model, with all that is never pruned.
         heads, neurons (`tuple[tuple[int, int], ...]`):
             (kept, nanoseconds) from none to all: what one block takes above one that keeps none.
-        batch_size, length (`int`): Sequences of the batch that was timed, and tokens of each.
+        batch_size, sequence_length (`int`): Sequences of the batch that was timed, and tokens of each.
         threads (`int`): Threads of one operation.
         device, dtype, attention, torch (`str`): Where and how it was timed: the device's name, the weights' dtype, the
             attention implementation and PyTorch's version.
@@ -68,7 +73,7 @@ class LatencyTable:
     heads: tuple[tuple[int, int], ...]
     neurons: tuple[tuple[int, int], ...]
     batch_size: int
-    length: int
+    sequence_length: int
     threads: int
     device: str
     dtype: str
@@ -99,7 +104,7 @@ class LatencyTable:
         """Where and how it was timed, in words."""
         how = "" if self.method == "clock" else f" by {self.method}"
         return (
-            f"batch {self.batch_size} x {self.length} tokens, {self.dtype}, {self.attention} attention, "
+            f"batch {self.batch_size} x {self.sequence_length} tokens, {self.dtype}, {self.attention} attention, "
             f"{self.device}{how}, {self.threads} thread{'s' if self.threads > 1 else ''}, torch {self.torch}"
         )
 
@@ -125,6 +130,7 @@ class LatencyTable:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LatencyTable:
         """The table of [`~LatencyTable.to_dict`]'s result. Raises `ValueError` on a missing or an unknown name."""
+        values = read_old_names(values, _OLD_NAMES)
         names = {field.name for field in dataclasses.fields(cls)}
         if wrong := sorted(names - {"method"} ^ set(values) - {"method"}):
             missing, unknown = sorted(names - {"method"} - set(values)), sorted(set(values) - names)
@@ -203,6 +209,7 @@ def _curve(kind: str, points: Any, dense: int) -> tuple[tuple[int, int], ...]:
     return curve
 
 
+@renamed(**OLD_SETTINGS)
 @dataclass(frozen=True)
 class OTOConfig:
     r"""
@@ -212,20 +219,21 @@ class OTOConfig:
         target_sparsity (`float`, *optional*, defaults to 0.5):
             Share of the prunable part of the transformer blocks to remove, in [0, 1), measured in `target_unit`. The
             prunable part is what the chosen `structures` own in the dense architecture; embeddings, LayerNorms and
-            task heads do not count. `None` runs HSPG as published: `lmbda`, `epsilon` and `warmup_ratio` decide.
+            task heads do not count. `None` runs HSPG as published: `lmbda`, `epsilon` and
+            `pruning_start_ratio` decide.
         target_unit (`str`, *optional*, defaults to `"params"`):
             The currency of the target: `"params"` (weights), `"macs"` (multiply-accumulates of one sequence of
-            `macs_sequence_length` tokens), `"groups"` (zero-invariant groups, every one counting 1) or `"latency"`
+            `sequence_length` tokens), `"groups"` (zero-invariant groups, every one counting 1) or `"latency"`
             (time by `latency_table`). The last one's share is of the whole model's time, that of what is never pruned
             included: at 0.5 a forward takes half as long as the dense model's, as the table has it.
-        macs_sequence_length (`int`, *optional*, defaults to 384):
+        sequence_length (`int`, *optional*, defaults to 384):
             Tokens of the sequence for which MACs are counted.
         latency_table ([`~hf_oto.config.LatencyTable`], *optional*):
             What [`~hf_oto.measure_latency`] found on the device that counts; also its dict, or the path of its JSON
             file. For `target_unit="latency"`, which needs it, and for no other unit.
         structures (`tuple[str, ...]`, *optional*, defaults to `("heads", "neurons")`):
             Which structures may be removed.
-        warmup_ratio (`float`, *optional*, defaults to 0.15):
+        pruning_start_ratio (`float`, *optional*, defaults to 0.15):
             Share of all steps before the first group is made redundant: N_w / N. Saliency is gathered meanwhile. It is
             no learning-rate warm-up. With `target_sparsity=None` it ends the penalised warm-up: N_p / N.
         pruning_end_ratio (`float`, *optional*, defaults to 0.6):
@@ -273,7 +281,7 @@ class OTOConfig:
             the teacher's outputs). This one and the next two are unused without a teacher.
         distillation_temperature (`float`, *optional*, defaults to 2.0):
             Temperature T > 0 that softens both models' distributions.
-        hidden_state_weight (`float`, *optional*, defaults to 0.0):
+        distillation_hidden_weight (`float`, *optional*, defaults to 0.0):
             Weight of the mean squared difference from the teacher's hidden states, added to the loss.
 
     Raises:
@@ -282,10 +290,10 @@ class OTOConfig:
 
     target_sparsity: float | None = 0.5
     target_unit: str = "params"
-    macs_sequence_length: int = 384
+    sequence_length: int = 384
     latency_table: LatencyTable | None = None
     structures: Names = field(default_factory=lambda: STRUCTURES)
-    warmup_ratio: float = 0.15
+    pruning_start_ratio: float = 0.15
     pruning_end_ratio: float = 0.6
     pruning_periods: int = 10
     saliency: str = "fisher"
@@ -301,7 +309,7 @@ class OTOConfig:
     keep_dropout: bool = True
     distillation_weight: float = 0.9
     distillation_temperature: float = 2.0
-    hidden_state_weight: float = 0.0
+    distillation_hidden_weight: float = 0.0
 
     def __post_init__(self) -> None:
         for setting in dataclasses.fields(self):  # numpy's numbers and words become Python's
@@ -326,7 +334,7 @@ class OTOConfig:
             raise ValueError(f"`structures` must name each structure once and at least one, got {self.structures}.")
         if self.target_sparsity is not None:
             _check_real("target_sparsity", self.target_sparsity, 0.0, 1.0)
-        _check_real("warmup_ratio", self.warmup_ratio, 0.0, 1.0)
+        _check_real("pruning_start_ratio", self.pruning_start_ratio, 0.0, 1.0)
         _check_real("saliency_decay", self.saliency_decay, 0.0, 1.0)
         _check_real("epsilon", self.epsilon, 0.0, 1.0)
         _check_real("pruning_end_ratio", self.pruning_end_ratio, 0.0, 1.0, closed=True)
@@ -335,13 +343,13 @@ class OTOConfig:
         _check_real("distillation_temperature", self.distillation_temperature, 0.0, math.inf)
         if self.distillation_temperature == 0:
             raise ValueError("`distillation_temperature` must be above 0, got 0: it divides the logits.")
-        _check_real("hidden_state_weight", self.hidden_state_weight, 0.0, math.inf)
-        if self.target_sparsity is not None and self.warmup_ratio >= self.pruning_end_ratio:
+        _check_real("distillation_hidden_weight", self.distillation_hidden_weight, 0.0, math.inf)
+        if self.target_sparsity is not None and self.pruning_start_ratio >= self.pruning_end_ratio:
             raise ValueError(
-                f"`warmup_ratio` must be below `pruning_end_ratio`, got {self.warmup_ratio} and "
+                f"`pruning_start_ratio` must be below `pruning_end_ratio`, got {self.pruning_start_ratio} and "
                 f"{self.pruning_end_ratio}: pruning happens between the two."
             )
-        _check_integer("macs_sequence_length", self.macs_sequence_length, 1)
+        _check_integer("sequence_length", self.sequence_length, 1)
         _check_integer("pruning_periods", self.pruning_periods, 1)
         _check_integer("saliency_interval", self.saliency_interval, 1)
         _check_integer("min_heads", self.min_heads, 0)
@@ -358,7 +366,8 @@ class OTOConfig:
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> OTOConfig:
-        """The config of [`~OTOConfig.to_dict`]'s result. Raises `ValueError` on a name that is no setting."""
+        """The config of [`~OTOConfig.to_dict`]'s result, or an older version's. Raises `ValueError` on other names."""
+        settings = read_old_names(settings, OLD_SETTINGS)
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(settings) - names):
             raise ValueError(f"Unknown settings {unknown}. OTOConfig has: {', '.join(sorted(names))}.")

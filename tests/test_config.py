@@ -25,9 +25,9 @@ VALID = st.builds(
     ),
     target_sparsity=st.none() | share,
     target_unit=st.sampled_from(TARGET_UNITS),
-    macs_sequence_length=st.integers(1, 10**6),
+    sequence_length=st.integers(1, 10**6),
     structures=st.sampled_from([("heads",), ("neurons",), STRUCTURES, STRUCTURES[::-1]]),
-    warmup_ratio=st.floats(0, 0.49),
+    pruning_start_ratio=st.floats(0, 0.49),
     pruning_end_ratio=st.floats(0.5, 1),
     pruning_periods=st.integers(1, 1000),
     saliency=st.sampled_from(SALIENCIES),
@@ -48,16 +48,19 @@ VALID = st.builds(
     [
         *[
             (name, value, f"`{name}` must be in [0, 1), got {value}.")
-            for name in ("target_sparsity", "warmup_ratio", "saliency_decay", "epsilon")
+            for name in ("target_sparsity", "pruning_start_ratio", "saliency_decay", "epsilon")
             for value in (-0.1, 1.0, 1.5, NAN, math.inf)
         ],
         *[("pruning_end_ratio", x, f"`pruning_end_ratio` must be in [0, 1], got {x}.") for x in (-0.1, 1.01, NAN)],
         *[("lmbda", x, f"`lmbda` must be in [0, inf), got {x}.") for x in (-1e-3, NAN, math.inf)],
-        *[("hidden_state_weight", x, f"`hidden_state_weight` must be in [0, inf), got {x}.") for x in (-1, math.inf)],
+        *[
+            ("distillation_hidden_weight", x, f"`distillation_hidden_weight` must be in [0, inf), got {x}.")
+            for x in (-1, math.inf)
+        ],
         *[("distillation_weight", x, f"`distillation_weight` must be in [0, 1], got {x}.") for x in (-0.1, 1.1)],
         ("distillation_temperature", -1, "`distillation_temperature` must be in [0, inf), got -1."),
         ("distillation_temperature", 0.0, "`distillation_temperature` must be above 0, got 0"),
-        ("macs_sequence_length", 0, "`macs_sequence_length` must be at least 1, got 0."),
+        ("sequence_length", 0, "`sequence_length` must be at least 1, got 0."),
         ("pruning_periods", 0, "`pruning_periods` must be at least 1, got 0."),
         ("saliency_interval", 0, "`saliency_interval` must be at least 1, got 0."),
         ("round_to", 0, "`round_to` must be at least 1, got 0."),
@@ -74,7 +77,7 @@ VALID = st.builds(
         ("structures", ["layers"], "`structures` must be one of heads, neurons, got 'layers'."),
         ("structures", [], "`structures` must name each structure once and at least one, got ()."),
         ("structures", ["heads"] * 2, "`structures` must name each structure once and at least one, got ('heads', "),
-        ("warmup_ratio", 0.6, "`warmup_ratio` must be below `pruning_end_ratio`, got 0.6 and 0.6"),
+        ("pruning_start_ratio", 0.6, "`pruning_start_ratio` must be below `pruning_end_ratio`, got 0.6 and 0.6"),
     ],
 )
 def test_bad_value_is_refused(name, value, rule):
@@ -87,12 +90,19 @@ def test_bad_value_is_refused(name, value, rule):
     [
         *[
             (name, value, f"`{name}` must be a number, got {value!r}.")
-            for name in ("target_sparsity", "warmup_ratio", "pruning_end_ratio", "saliency_decay", "epsilon", "lmbda")
+            for name in (
+                "target_sparsity",
+                "pruning_start_ratio",
+                "pruning_end_ratio",
+                "saliency_decay",
+                "epsilon",
+                "lmbda",
+            )
             for value in (True, "0.5")
         ],
         *[
             (name, value, f"`{name}` must be an integer, got {value!r}.")
-            for name in ("macs_sequence_length", "pruning_periods", "min_heads", "min_neurons", "round_to")
+            for name in ("sequence_length", "pruning_periods", "min_heads", "min_neurons", "round_to")
             for value in (True, 8.0, "8", None)
         ],
         ("latency_table", 7, "`latency_table` must be a LatencyTable, its dict or its file, got int."),
@@ -110,9 +120,11 @@ def test_wrong_type_is_refused(name, value, rule):
 
 
 def test_limits_are_allowed():
-    OTOConfig(target_sparsity=0, warmup_ratio=0.0, pruning_end_ratio=1, epsilon=0, lmbda=0, min_heads=0, min_neurons=0)
+    OTOConfig(
+        target_sparsity=0, pruning_start_ratio=0.0, pruning_end_ratio=1, epsilon=0, lmbda=0, min_heads=0, min_neurons=0
+    )
     # Without a target nothing is pruned between the two ratios, so their order says nothing.
-    OTOConfig(target_sparsity=None, warmup_ratio=0.9, pruning_end_ratio=0.1)
+    OTOConfig(target_sparsity=None, pruning_start_ratio=0.9, pruning_end_ratio=0.1)
 
 
 def test_is_frozen():

@@ -78,7 +78,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_steps", type=int, help="Optimizer steps; if not given, the usual for the method.")
     parser.add_argument("--batch_size", type=int, default=64, help="Texts, pairs or questions of a step.")
     parser.add_argument("--learning_rate", type=float, help="At its peak; if not given, the usual for the method.")
-    parser.add_argument("--warmup_ratio", type=float, default=0.1, help="As in OTOConfig.")
+    parser.add_argument("--pruning_start_ratio", type=float, default=0.1, help="As in OTOConfig.")
     parser.add_argument("--pruning_end_ratio", type=float, default=0.5, help="As in OTOConfig.")
     parser.add_argument("--pruning_periods", type=int, default=10, help="As in OTOConfig.")
     parser.add_argument("--keep_dropout", action="store_true", help="As in OTOConfig.")
@@ -202,7 +202,7 @@ def pruning(options: argparse.Namespace) -> dict[str, Any]:
     config = OTOConfig(
         target_sparsity=options.sparsity,
         saliency=options.saliency,
-        warmup_ratio=options.warmup_ratio,
+        pruning_start_ratio=options.pruning_start_ratio,
         pruning_end_ratio=options.pruning_end_ratio,
         pruning_periods=min(options.pruning_periods, max(1, options.max_steps // 5)),
         keep_dropout=options.keep_dropout,

@@ -1,13 +1,16 @@
 """What `run_squad.py` understands on the command line or in a JSON file."""
 
 import dataclasses
+import json
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_oto.config import STRUCTURES, OTOConfig
+from hf_oto.renamed import OLD_SETTINGS
 
 
 @dataclass
@@ -93,12 +96,14 @@ class DataArguments:
 # HfArgumentParser reads neither a tuple nor a number that may be the word "none".
 _AS_TEXT, _AS_LIST = "target_sparsity", "structures"
 _AS_PATH = "latency_table"
-_NO_SETTINGS = ("compress", "teacher_name_or_path")
+_NO_SETTINGS = ("compress", "teacher_model_name_or_path")
 
 
 def _compression_field(setting: dataclasses.Field) -> tuple[str, Any, dataclasses.Field]:
     """One field of OTOConfig as an argument of the same name and default."""
     metadata = {"help": "OTOConfig's setting of this name; with `--compress` only."}
+    if setting.name == "sequence_length":
+        metadata["help"] += " For MACs; what the model reads is `--max_seq_length`."
     if setting.name == _AS_TEXT:
         metadata["help"] += ' "none" runs HSPG as published.'
         return setting.name, str | None, field(default=str(setting.default), metadata=metadata)
@@ -115,7 +120,7 @@ _CompressionFields = dataclasses.make_dataclass(
     [
         ("compress", bool, field(default=False, metadata={"help": "Prune while training, and save the small model."})),
         (
-            "teacher_name_or_path",
+            "teacher_model_name_or_path",
             str | None,
             field(default=None, metadata={"help": "Fine-tuned model to learn from."}),
         ),
@@ -141,7 +146,7 @@ class CompressionArguments(_CompressionFields):
             return config
         default = OTOConfig().to_dict()
         given = [name for name, value in config.to_dict().items() if value != default[name]]
-        if given := given + ["teacher_name_or_path"] * (self.teacher_name_or_path is not None):
+        if given := given + ["teacher_model_name_or_path"] * (self.teacher_model_name_or_path is not None):
             raise ValueError(
                 f"{', '.join(f'`--{name}`' for name in given)} set up the compression: give `--compress` too. "
                 "(The learning rate's warm-up is `--warmup_steps`, a share of all steps if below 1.)"
@@ -156,11 +161,29 @@ def _number(name: str, text: object) -> float:
         raise ValueError(f'`{name}` must be a number or "none", got {text!r}.') from None
 
 
+_OLD_NAMES = {**OLD_SETTINGS, "teacher_name_or_path": "teacher_model_name_or_path"}
+
+
+def refuse_old_names(arguments: list[str]) -> None:
+    """Raises `ValueError` if an argument of the compression is given by a name that it no longer has."""
+    if len(arguments) == 1 and arguments[0].endswith(".json"):
+        given = list(json.loads(Path(arguments[0]).read_text(encoding="utf-8")))
+    else:
+        given = [word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")]
+    for name in given:
+        if name in _OLD_NAMES:
+            raise ValueError(
+                f"There is no `--{name}`: the name is `--{_OLD_NAMES[name]}`. (The learning rate's warm-up is "
+                f"`--warmup_steps`, a share of all steps if below 1.)"
+            )
+
+
 def parse_arguments(
     arguments: list[str] | None = None,
 ) -> tuple[ModelArguments, DataArguments, CompressionArguments, TrainingArguments]:
     """Read the command line, or the JSON file that is its only argument. Raises `ValueError` on what breaks a rule."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    refuse_old_names(arguments)
     parser = HfArgumentParser((ModelArguments, DataArguments, CompressionArguments, TrainingArguments))
     if len(arguments) == 1 and arguments[0].endswith(".json"):
         parsed = parser.parse_json_file(arguments[0])

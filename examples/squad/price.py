@@ -27,8 +27,8 @@ class PriceMixin:
         batch, length = inputs["input_ids"].shape
         try:
             macs = (1 + BACKWARD) * block_macs(self.model, length)
-            if getattr(self, "teacher", None) is not None:
-                macs += block_macs(self.teacher, length)
+            if getattr(self, "teacher_model", None) is not None:
+                macs += block_macs(self.teacher_model, length)
         except ValueError:  # a dense run of a model that cannot be pruned
             return super().floating_point_ops(inputs)
         return 2 * batch * macs  # an addition and a multiplication

@@ -156,7 +156,7 @@ def trainer_class(compression: CompressionArguments) -> tuple[type[Trainer], dic
     class QuestionAnsweringOTOTrainer(QuestionAnsweringMixin, PriceMixin, OTOTrainer):
         """[`OTOTrainer`] that scores answers, and counts what it costs."""
 
-    return QuestionAnsweringOTOTrainer, {"oto_config": config, "teacher": compression.teacher_name_or_path}
+    return QuestionAnsweringOTOTrainer, {"oto_config": config, "teacher_model": compression.teacher_model_name_or_path}
 
 
 def size(model: PreTrainedModel, sequence_length: int) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def run(
         if wanted:
             with training.main_process_first(desc=f"reading the questions to {stage}"):
                 examples[stage] = load_examples(data, model_arguments.cache_dir, split, limit)
-                taught = stage == "train" and compression.teacher_name_or_path is not None
+                taught = stage == "train" and compression.teacher_model_name_or_path is not None
                 windows[stage] = make_features(
                     examples[stage], tokenizer, data, labels=stage == "train", segments=taught
                 )

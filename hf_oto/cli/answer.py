@@ -18,11 +18,11 @@ def answer(
     context: Annotated[str | None, typer.Option(help="The text to find the answer in.")] = None,
     context_file: Annotated[Path | None, typer.Option(help="A file in UTF-8 with that text.")] = None,
     top_k: Annotated[int, typer.Option(help="Answers to each question.")] = 1,
-    no_answer: Annotated[
-        bool, typer.Option("--no-answer", help='Let "there is none" be an answer, as in SQuAD v2.0.')
+    handle_impossible_answer: Annotated[
+        bool, typer.Option("--handle-impossible-answer", help='Let "there is none" be an answer, as in SQuAD v2.0.')
     ] = False,
-    max_length: Annotated[int | None, typer.Option(help="Tokens that the model reads at once.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens that two windows of a long context share.")] = None,
+    max_seq_length: Annotated[int | None, typer.Option(help="Tokens that the model reads at once.")] = None,
+    doc_stride: Annotated[int | None, typer.Option(help="Tokens that two windows of a long context share.")] = None,
     max_answer_length: Annotated[int, typer.Option(help="Tokens of the longest answer.")] = 30,
     as_json: JsonOption = False,
 ) -> None:
@@ -35,8 +35,12 @@ def answer(
         raise ValueError("Give the text by either --context or --context-file.")
     text = context if context_file is None else _read(context_file)
     assert text is not None
-    answerer = load_answerer(model, max_length=max_length, stride=stride, max_answer_length=max_answer_length)
-    answers = answerer.answer(question, [text] * len(question), top_k=top_k, no_answer=no_answer)
+    answerer = load_answerer(
+        model, max_seq_length=max_seq_length, doc_stride=doc_stride, max_answer_length=max_answer_length
+    )
+    answers = answerer.answer(
+        question, [text] * len(question), top_k=top_k, handle_impossible_answer=handle_impossible_answer
+    )
     lines = []
     for asked, found in zip(question, answers, strict=True):
         lines += [asked] if len(question) > 1 else []

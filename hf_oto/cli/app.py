@@ -22,6 +22,15 @@ COMMANDS = {
     "answer": "Answer questions about a text.",
 }
 
+# Options by the names that they had, with those that they have.
+OLD_OPTIONS = {
+    "--length": "--sequence-length",
+    "--target": "--target-sparsity",
+    "--no-answer": "--handle-impossible-answer",
+    "--stride": "--doc-stride",
+    "--max-length": "--max-seq-length",
+}
+
 
 class _Commands(TyperGroup):
     """The commands, each imported when it is used. Every error is one line on standard error: what is wrong."""
@@ -55,6 +64,9 @@ def _fail(error: Exception) -> NoReturn:
         context = getattr(error, "ctx", None)
         help_line = f" Try `{context.command_path} --help`." if context is not None else ""
         message, code = f"{error.format_message()}{help_line}", 2
+        old = getattr(error, "option_name", None)
+        if old in OLD_OPTIONS:
+            message = f"There is no option {old}: its name is {OLD_OPTIONS[old]}.{help_line}"
     else:
         expected = isinstance(error, (OSError, ValueError, TypeError, ImportError))
         message, code = f"{'' if expected else f'{type(error).__name__}: '}{error}", 1

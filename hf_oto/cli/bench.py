@@ -20,7 +20,9 @@ def bench(
     dense: Annotated[str, typer.Argument(metavar="DENSE", help="The model to compare with: a folder, or of the Hub.")],
     pruned: Annotated[str, typer.Argument(metavar="PRUNED", help="The small model: a folder, or of the Hub.")],
     batch_size: Annotated[list[int] | None, typer.Option(help="Sequences of a batch; repeat it. Default 1.")] = None,
-    length: Annotated[list[int] | None, typer.Option(help="Tokens of a sequence; repeat it. Default 128.")] = None,
+    sequence_length: Annotated[
+        list[int] | None, typer.Option(help="Tokens of a sequence; repeat it. Default 128.")
+    ] = None,
     backend: Annotated[
         list[str] | None, typer.Option(help="eager, compile, onnx or onnx-int8; repeat it. By default eager.")
     ] = None,
@@ -38,7 +40,7 @@ def bench(
     accelerator the device's own time counts, not the host's launching: by a CUDA graph, or by events over many
     forwards.
 
-    Example: hf-oto bench dense small --batch-size 1 --batch-size 8 --length 384 --backend eager --threads 1
+    Example: hf-oto bench dense small --batch-size 1 --batch-size 8 --sequence-length 384 --backend eager --threads 1
     """
     if backend and benchmark.ONNX_BACKENDS.intersection(backend):
         check_packages()
@@ -49,7 +51,7 @@ def bench(
     choices: dict[str, Any] = {
         "backends": backend or ["eager"],
         "batch_sizes": batch_size or [1],
-        "lengths": length or [128],
+        "sequence_lengths": sequence_length or [128],
     }
     timed = benchmark.measure(*models, **choices, threads=threads, repeats=repeats, warmup=warmup)
     rounds = math.prod(len(values) for values in choices.values())
@@ -63,7 +65,7 @@ def bench(
         spreads = [f"{x.median:.2f} [{x.low:.2f}, {x.high:.2f}]" for x in (one.dense, one.pruned)]
         numbers = [f"{speed:.1f}" for speed in speeds]
         ratios = f"{one.latency_ratio:.2f}x", f"{one.macs_ratio:.2f}x"
-        table.add_row(one.backend, f"{one.batch_size}", f"{one.length}", *spreads, *numbers, *ratios)
+        table.add_row(one.backend, f"{one.batch_size}", f"{one.sequence_length}", *spreads, *numbers, *ratios)
         row = {**dataclasses.asdict(one), "latency_ratio": one.latency_ratio}
         rows.append({**row, "dense_throughput": speeds[0], "pruned_throughput": speeds[1]})
     one = measurements[0]

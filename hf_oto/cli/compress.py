@@ -45,7 +45,7 @@ def compress(
     model = load_model(checkpoint, read_config(checkpoint))
     source = local_folder(checkpoint)
     settings = OTOConfig.from_pretrained(source) if (source / OTO_CONFIG_NAME).is_file() else OTOConfig()
-    summary = summarize(model, sequence_length=settings.macs_sequence_length, latency_table=settings.latency_table)
+    summary = summarize(model, sequence_length=settings.sequence_length, latency_table=settings.latency_table)
     before = partition(model)
     zeros = before.num_groups - sum(summary.heads) - sum(summary.neurons)
     if not zeros and not (plain and model.config.model_type.startswith(PRUNED_PREFIX)):

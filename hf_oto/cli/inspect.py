@@ -23,7 +23,9 @@ TRAINER_STATE = "trainer_state.json"
 
 def inspect(
     model: ModelArgument,
-    target: Annotated[float | None, typer.Option(help="Show what this `target_sparsity` would leave.")] = None,
+    target_sparsity: Annotated[
+        float | None, typer.Option(help="Show what this `target_sparsity` would leave.")
+    ] = None,
     target_unit: Annotated[str, typer.Option(help="The target's currency: params, macs, groups, latency.")] = "params",
     sequence_length: Annotated[int, typer.Option(help="Tokens of the sequence for which MACs are counted.")] = 384,
     latency_table: Annotated[
@@ -43,12 +45,12 @@ def inspect(
 
     Reads the config alone. Of a checkpoint that OTOTrainer wrote it reads the weights: zeros count as removed.
 
-    Example: hf-oto inspect bert-base-uncased --target 0.5
+    Example: hf-oto inspect bert-base-uncased --target-sparsity 0.5
     """
     settings = OTOConfig(
-        target_sparsity=target,
+        target_sparsity=target_sparsity,
         target_unit=target_unit,
-        macs_sequence_length=sequence_length,
+        sequence_length=sequence_length,
         latency_table=None if latency_table is None else LatencyTable.load(latency_table),
         structures=tuple(structures or ("heads", "neurons")),
         min_heads=min_heads,
@@ -80,7 +82,7 @@ def inspect(
         f"heads of size {groups.head_size}, hidden size {groups.hidden_size}",
         *summary.table().renderables,
     ]
-    if target is not None:
+    if target_sparsity is not None:
         numbers["target"], said = _target(found, settings, options)
         parts += said
     show(numbers, parts, as_json)

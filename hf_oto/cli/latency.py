@@ -18,7 +18,7 @@ def latency(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The dense model: a folder, or of the Hub.")],
     out: Annotated[Path, typer.Argument(metavar="TABLE.json", help="A file that does not exist.")],
     batch_size: Annotated[int, typer.Option(help="Sequences of a batch.")] = 1,
-    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128,
     threads: Annotated[int | None, typer.Option(help="Threads of one operation. By default torch's number.")] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
@@ -36,7 +36,7 @@ def latency(
     the device's own time counts, not the host's launching: by a CUDA graph, or by events over many forwards. Where the
     kernels are the price and not their widths, the table says so, and a target takes whole structures.
 
-    Example: hf-oto latency dense table.json --batch-size 1 --length 384 --threads 1
+    Example: hf-oto latency dense table.json --batch-size 1 --sequence-length 384 --threads 1
     """
     if out.exists():
         raise FileExistsError(f"{out} exists already. Choose another file, or remove it.")
@@ -47,7 +47,7 @@ def latency(
     table = measure_latency(
         found.to(place),
         batch_size=batch_size,
-        length=length,
+        sequence_length=sequence_length,
         threads=threads,
         repeats=repeats,
         warmup=warmup,

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from ..models.modes import evaluating
+from ..renamed import renamed
 
 NEEDED = "`question` and `context` must be text that is not empty"
 
@@ -75,9 +76,9 @@ class QuestionAnswerer:
     Args:
         model ([`PreTrainedModel`]): A model with a question-answering head, dense or pruned, on any device.
         tokenizer ([`PreTrainedTokenizerBase`]): Its tokenizer, a fast one.
-        max_length (`int`, *optional*):
+        max_seq_length (`int`, *optional*):
             Tokens of a window. By default 384, or what the model can read if that is less.
-        stride (`int`, *optional*): Tokens that two windows share. By default a third of `max_length`.
+        doc_stride (`int`, *optional*): Tokens that two windows share. By default a third of `max_seq_length`.
         max_answer_length (`int`, *optional*, defaults to 30): Tokens of the longest answer.
         batch_size (`int`, *optional*, defaults to 32): Windows that the model reads together.
 
@@ -93,13 +94,14 @@ class QuestionAnswerer:
     ```
     """
 
+    @renamed(max_length="max_seq_length", stride="doc_stride")
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        max_length: int | None = None,
-        stride: int | None = None,
+        max_seq_length: int | None = None,
+        doc_stride: int | None = None,
         max_answer_length: int = 30,
         batch_size: int = 32,
     ) -> None:
@@ -117,12 +119,12 @@ class QuestionAnswerer:
                 f"model's vocabulary has {vocabulary}, counted from 0."
             )
         limit = min(_longest(model), tokenizer.model_max_length)
-        self.max_length = min(384, limit) if max_length is None else max_length
-        if not 1 <= self.max_length <= limit:
-            raise ValueError(f"`max_length` must be from 1 to the model's {limit}, got {max_length}.")
-        self.stride = self.max_length // 3 if stride is None else stride
+        self.max_seq_length = min(384, limit) if max_seq_length is None else max_seq_length
+        if not 1 <= self.max_seq_length <= limit:
+            raise ValueError(f"`max_seq_length` must be from 1 to the model's {limit}, got {max_seq_length}.")
+        self.doc_stride = self.max_seq_length // 3 if doc_stride is None else doc_stride
         for name, value, low in (
-            ("stride", self.stride, 0),
+            ("doc_stride", self.doc_stride, 0),
             ("max_answer_length", max_answer_length, 1),
             ("batch_size", batch_size, 1),
         ):
@@ -157,17 +159,21 @@ class QuestionAnswerer:
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=False)
         return cls(model, tokenizer, **options)
 
-    def __call__(self, question: str, context: str, *, top_k: int = 1, no_answer: bool = False) -> list[Answer]:
+    @renamed(no_answer="handle_impossible_answer")
+    def __call__(
+        self, question: str, context: str, *, top_k: int = 1, handle_impossible_answer: bool = False
+    ) -> list[Answer]:
         """The answers to one question, best first; see [`~QuestionAnswerer.answer`]."""
-        return self.answer([question], [context], top_k=top_k, no_answer=no_answer)[0]
+        return self.answer([question], [context], top_k=top_k, handle_impossible_answer=handle_impossible_answer)[0]
 
+    @renamed(no_answer="handle_impossible_answer")
     def answer(
         self,
         questions: Sequence[str],
         contexts: Sequence[str],
         *,
         top_k: int = 1,
-        no_answer: bool = False,
+        handle_impossible_answer: bool = False,
         show_progress: bool = False,
     ) -> list[list[Answer]]:
         """
@@ -176,7 +182,8 @@ class QuestionAnswerer:
         Args:
             questions, contexts (`Sequence[str]`): One context for each question.
             top_k (`int`, *optional*, defaults to 1): Answers to give to each; fewer where there are fewer spans.
-            no_answer (`bool`, *optional*, defaults to `False`): Whether "there is none" counts among the answers.
+            handle_impossible_answer (`bool`, *optional*, defaults to `False`):
+                Whether "there is none" counts among the answers.
             show_progress (`bool`, *optional*, defaults to `False`): Whether a bar counts the windows.
 
         Returns:
@@ -203,7 +210,7 @@ class QuestionAnswerer:
         ]
         found = zip(windows, self._logits(windows, show_progress), strict=True)
         return [
-            self._search(contexts[index], list(own), top_k, no_answer)
+            self._search(contexts[index], list(own), top_k, handle_impossible_answer)
             for index, own in groupby(found, key=lambda pair: pair[0].question)
         ]
 
@@ -215,19 +222,19 @@ class QuestionAnswerer:
         if not question or not context.strip():
             raise ValueError(f"{NEEDED}, got {question[:80]!r} and {context[:80]!r}.")
         length = len(self.tokenizer(question, add_special_tokens=False)["input_ids"])
-        room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True) - length
-        if room <= self.stride:
+        room = self.max_seq_length - self.tokenizer.num_special_tokens_to_add(pair=True) - length
+        if room <= self.doc_stride:
             raise ValueError(
-                f"`max_length` {self.max_length} leaves {max(room, 0)} tokens of context beside a question of "
-                f"{length}, and `stride` {self.stride} must be below that. Raise the one, lower the other, or ask a "
-                f"shorter question than {question[:80]!r}."
+                f"`max_seq_length` {self.max_seq_length} leaves {max(room, 0)} tokens of context beside a question of "
+                f"{length}, and `doc_stride` {self.doc_stride} must be below that. Raise the one, lower the other, or "
+                f"ask a shorter question than {question[:80]!r}."
             )
         encoded = self.tokenizer(
             question,
             context,
             truncation="only_second",
-            max_length=self.max_length,
-            stride=self.stride,
+            max_length=self.max_seq_length,
+            stride=self.doc_stride,
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
@@ -270,7 +277,11 @@ class QuestionAnswerer:
         return outputs.start_logits.float().cpu(), outputs.end_logits.float().cpu()
 
     def _search(
-        self, context: str, windows: Sequence[tuple[_Window, tuple[Tensor, Tensor]]], top_k: int, no_answer: bool
+        self,
+        context: str,
+        windows: Sequence[tuple[_Window, tuple[Tensor, Tensor]]],
+        top_k: int,
+        handle_impossible_answer: bool,
     ) -> list[Answer]:
         keys, scores = [], []
         places_per_start = len(context) + 1
@@ -284,7 +295,7 @@ class QuestionAnswerer:
             scores.append(score_S[inside_S])
         key_S, inverse = torch.unique(torch.cat(keys), return_inverse=True)
         score_S = torch.full(key_S.shape, -torch.inf).scatter_reduce(0, inverse, torch.cat(scores), "amax")
-        if no_answer:
+        if handle_impossible_answer:
             null = torch.stack([starts[window.null] + ends[window.null] for window, (starts, ends) in windows]).min()
             key_S, score_S = F.pad(key_S, (0, 1)), torch.cat([score_S, null[None]])  # characters 0 to 0
         best = score_S.softmax(0).sort(descending=True, stable=True)

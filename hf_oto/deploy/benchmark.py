@@ -43,7 +43,7 @@ class Measurement:
 
     Args:
         backend (`str`): `"eager"`, `"compile"`, `"onnx"` or `"onnx-int8"`.
-        batch_size, length (`int`): Sequences of a batch, and tokens of each.
+        batch_size, sequence_length (`int`): Sequences of a batch, and tokens of each.
         threads (`int`): Threads of one operation.
         device, dtype (`str`): Where both were timed, and the dtype of their weights.
         method (`str`): How, as in [`~hf_oto.deploy.timing.Timer`].
@@ -56,7 +56,7 @@ class Measurement:
 
     backend: str
     batch_size: int
-    length: int
+    sequence_length: int
     threads: int
     device: str
     dtype: str
@@ -81,7 +81,7 @@ def measure(
     *,
     backends: Sequence[str] = ("eager",),
     batch_sizes: Sequence[int] = (1,),
-    lengths: Sequence[int] = (128,),
+    sequence_lengths: Sequence[int] = (128,),
     threads: int | None = None,
     repeats: int = 30,
     warmup: int = 3,
@@ -95,7 +95,7 @@ def measure(
         backends (`Sequence[str]`):
             Of `"eager"`, `"compile"` (`torch.compile`), `"onnx"` (ONNX Runtime, float32, on the CPU) and `"onnx-int8"`
             (the same, quantized as [`~hf_oto.deploy.onnx_export.export_onnx`] does it).
-        batch_sizes, lengths (`Sequence[int]`): Every backend is timed on every combination.
+        batch_sizes, sequence_lengths (`Sequence[int]`): Every backend is timed on every combination.
         threads (`int`, *optional*): Threads of one operation. By default torch's own number.
         repeats (`int`, *optional*, defaults to 30): Runs of each model that count.
         warmup (`int`, *optional*, defaults to 3): Runs before them.
@@ -113,7 +113,7 @@ def measure(
             raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}.")
     for name, values in (
         ("batch_size", batch_sizes),
-        ("length", lengths),
+        ("sequence_length", sequence_lengths),
         ("threads", [] if threads is None else [threads]),
         ("repeats", [repeats]),
         ("warmup", [warmup]),
@@ -121,8 +121,10 @@ def measure(
         if any(value < 1 for value in values):
             raise ValueError(f"`{name}` must be at least 1, got {min(values)}.")
     longest = min(longest_input(dense), longest_input(pruned))
-    if lengths and max(lengths) > longest:
-        raise ValueError(f"`length` must be at most {longest}, what both models read, got {max(lengths)}.")
+    if sequence_lengths and max(sequence_lengths) > longest:
+        raise ValueError(
+            f"`sequence_length` must be at most {longest}, what both models read, got {max(sequence_lengths)}."
+        )
     if (dense.device, dense.dtype) != (pruned.device, pruned.dtype):
         raise ValueError(
             f"`dense` and `pruned` must be on one device and of one dtype, got {dense.dtype} on {dense.device} and "
@@ -132,19 +134,19 @@ def measure(
         if dense.device.type != "cpu":
             raise ValueError(f"`backends` of ONNX are timed on the CPU, got models on {dense.device}.")
         check_packages()
-    return _measurements((dense, pruned), backends, batch_sizes, lengths, threads, repeats, warmup)
+    return _measurements((dense, pruned), backends, batch_sizes, sequence_lengths, threads, repeats, warmup)
 
 
 def _measurements(
     models: tuple[PreTrainedModel, PreTrainedModel],
     backends: Sequence[str],
     batch_sizes: Sequence[int],
-    lengths: Sequence[int],
+    sequence_lengths: Sequence[int],
     threads: int | None,
     repeats: int,
     warmup: int,
 ) -> Iterator[Measurement]:
-    macs = {length: [summarize(model, sequence_length=length).macs for model in models] for length in lengths}
+    macs = {length: [summarize(model, sequence_length=length).macs for model in models] for length in sequence_lengths}
     with ExitStack() as stack:
         number = stack.enter_context(using_threads(threads))
         for model in models:
@@ -153,7 +155,7 @@ def _measurements(
             sessions = (
                 _sessions(models, number, stack, int8=backend == "onnx-int8") if backend in ONNX_BACKENDS else []
             )
-            for length in lengths:
+            for length in sequence_lengths:
                 for batch_size in batch_sizes:
                     batches = [_batch(model, batch_size, length) for model in models]
                     runs = sessions or [_runner(model, backend) for model in models]
@@ -163,7 +165,7 @@ def _measurements(
                     yield Measurement(
                         backend=backend,
                         batch_size=batch_size,
-                        length=length,
+                        sequence_length=length,
                         threads=number,
                         device=device_name(models[0].device),
                         dtype=str(models[0].dtype).removeprefix("torch."),

@@ -22,6 +22,7 @@ from ..models.example_inputs import example_batch, longest_input
 from ..models.groups import Partition, partition
 from ..models.sharding import is_sharded
 from ..models.surgery import keep_groups
+from ..renamed import renamed
 from .threads import using_threads
 from .timing import CLOCK, Timer, device_name
 
@@ -30,11 +31,12 @@ _SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)
 _UNIT = 8
 
 
+@renamed(length="sequence_length")
 def measure_latency(
     model: PreTrainedModel,
     *,
     batch_size: int = 1,
-    length: int = 128,
+    sequence_length: int = 128,
     threads: int | None = None,
     repeats: int = 15,
     warmup: int = 2,
@@ -60,7 +62,7 @@ def measure_latency(
             A dense model that reads tokens, on the device and in the dtype that it will be used in. It is left as it
             is.
         batch_size (`int`, *optional*, defaults to 1): Sequences of a batch; none is padded.
-        length (`int`, *optional*, defaults to 128): Tokens of each.
+        sequence_length (`int`, *optional*, defaults to 128): Tokens of each.
         threads (`int`, *optional*): Threads of one operation on the CPU. By default torch's own number.
         repeats (`int`, *optional*, defaults to 15): Forwards of every model that count.
         warmup (`int`, *optional*, defaults to 2): Forwards before them.
@@ -78,11 +80,13 @@ def measure_latency(
     Example:
 
     ```python
-    table = measure_latency(model, batch_size=1, length=128, threads=1)
+    table = measure_latency(model, batch_size=1, sequence_length=128, threads=1)
     OTOConfig(target_sparsity=0.5, target_unit="latency", latency_table=table)
     ```
     """
-    groups = _check(model, batch_size=batch_size, length=length, repeats=repeats, warmup=warmup, threads=threads)
+    groups = _check(
+        model, batch_size=batch_size, sequence_length=sequence_length, repeats=repeats, warmup=warmup, threads=threads
+    )
     device = model.device
     with ExitStack() as stack:
         number = stack.enter_context(using_threads(threads))
@@ -91,7 +95,7 @@ def measure_latency(
                 f"`cpu_time` is for `threads`=1 on the CPU, got {number} threads on {device.type}: only there it is "
                 f"the time that would pass."
             )
-        sizes, batch = _sizes(groups), example_batch(model, batch_size, length, padded=False)
+        sizes, batch = _sizes(groups), example_batch(model, batch_size, sequence_length, padded=False)
         flat, method = [size for chunk in sizes for size in chunk], CLOCK
         if device.type == "cpu":
             clock = time.thread_time_ns if cpu_time else time.perf_counter_ns
@@ -115,7 +119,7 @@ def measure_latency(
         heads=heads,
         neurons=neurons,
         batch_size=batch_size,
-        length=length,
+        sequence_length=sequence_length,
         threads=number,
         device=device_name(device),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -138,9 +142,11 @@ def _check(model: PreTrainedModel, **numbers: int | None) -> Partition:
     if not groups.num_layers:
         raise ValueError("`model` has no blocks, so there is nothing to time.")
     longest = longest_input(model)
-    assert numbers["length"] is not None
-    if numbers["length"] > longest:
-        raise ValueError(f"`length` must be at most {longest}, what the model reads, got {numbers['length']}.")
+    assert numbers["sequence_length"] is not None
+    if numbers["sequence_length"] > longest:
+        raise ValueError(
+            f"`sequence_length` must be at most {longest}, what the model reads, got {numbers['sequence_length']}."
+        )
     return groups
 
 

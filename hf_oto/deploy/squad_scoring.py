@@ -89,7 +89,7 @@ def squad_scores(
     """
     version_2 = any(not question.answers for question in questions)
     texts, contexts = [question.text for question in questions], [question.context for question in questions]
-    found = answerer.answer(texts, contexts, no_answer=version_2, show_progress=show_progress)
+    found = answerer.answer(texts, contexts, handle_impossible_answer=version_2, show_progress=show_progress)
     predictions = [answers[0].text if answers else "" for answers in found]
     exact = words = 0.0
     for question, prediction in zip(questions, predictions, strict=True):

@@ -48,7 +48,7 @@ def removal_costs(partition: Partition, kind: str, config: OTOConfig) -> Tensor:
     """
     if config.latency_table is not None:
         return torch.tensor(config.latency_table.saved(kind), dtype=torch.int64)
-    cost = group_cost(partition, kind, config.target_unit, config.macs_sequence_length)
+    cost = group_cost(partition, kind, config.target_unit, config.sequence_length)
     return torch.full((partition.dense_count(kind),), cost, dtype=torch.int64)
 
 
@@ -61,7 +61,7 @@ def dense_cost(partition: Partition, config: OTOConfig, unit: str | None = None)
     if unit == "latency" and config.latency_table is not None:
         return config.latency_table.total
     return partition.num_layers * sum(
-        partition.dense_count(kind) * group_cost(partition, kind, unit, config.macs_sequence_length)
+        partition.dense_count(kind) * group_cost(partition, kind, unit, config.sequence_length)
         for kind in config.structures
     )
 

@@ -9,7 +9,7 @@ Symbols of OTO (Chen et al., NeurIPS 2021, arXiv:2107.07467), section 3.2, and w
 | α_k | step size | `lr` of the parameter group |
 | λ | weight of the penalty | `OTOConfig.lmbda`; with a target each group's own λ_g |
 | ε | half-space parameter | `OTOConfig.epsilon` |
-| N_p | first half-space step | `OTOConfig.warmup_ratio`, in steps |
+| N_p | first half-space step | `OTOConfig.pruning_start_ratio`, in steps |
 
 Shapes: `G` all groups of the chosen structures, `A` the groups acted on.
 """

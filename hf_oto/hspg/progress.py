@@ -36,8 +36,7 @@ def metrics(partition: Partition, config: OTOConfig, zero_masks: Mapping[tuple[i
     found: dict[str, float] = {}
     for name, unit in (("group_sparsity", "groups"), ("removed_params", "params"), ("removed_macs", "macs")):
         cost = sum(
-            left[kind] * budget.group_cost(partition, kind, unit, config.macs_sequence_length)
-            for kind in config.structures
+            left[kind] * budget.group_cost(partition, kind, unit, config.sequence_length) for kind in config.structures
         )
         found[name] = 1 - cost / budget.dense_cost(partition, config, unit)
     if config.target_unit == "latency":

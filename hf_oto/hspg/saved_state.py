@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from ..config import OTOConfig
+from ..config import LatencyTable, OTOConfig
 from ..models.groups import Partition
+from ..renamed import OLD_SETTINGS, read_old_names
 
 STEP, SETTINGS, SALIENCY, STATUS = "hspg_step", "hspg_settings", "hspg_saliency", "hspg_status"
 KEPT, REDUNDANT, ZERO = 0, 1, 2
@@ -57,7 +58,7 @@ def check_saved(saved: Sequence[Mapping[str, Any]], mine: Sequence[Mapping[str, 
             "`state_dict` holds no HSPG state, so it is of a run without compression. Start a new run from its "
             "weights instead of resuming it."
         )
-    own, others = json.loads(mine[0][SETTINGS]), _OLDER_SETTINGS | json.loads(theirs[SETTINGS])
+    own, others = json.loads(mine[0][SETTINGS]), _OLDER_SETTINGS | _saved_settings(theirs[SETTINGS])
     if others["format"] != FORMAT:
         raise ValueError(
             f"`state_dict` is of format {others['format']}, written by another version of hf_oto; this one reads "
@@ -72,6 +73,14 @@ def check_saved(saved: Sequence[Mapping[str, Any]], mine: Sequence[Mapping[str, 
             f"`shrink` with `like`, the config saved with that model, before loading."
         )
     _check_names(saved, mine)
+
+
+def _saved_settings(text: str) -> dict[str, Any]:
+    """What a state was written with, by the names that it has today."""
+    saved = read_old_names(json.loads(text), OLD_SETTINGS)
+    if table := saved.get("latency_table"):
+        saved["latency_table"] = dict(sorted(LatencyTable.from_dict(table).to_dict().items()))  # as it was written
+    return saved
 
 
 def _check_names(saved: Sequence[Mapping[str, Any]], mine: Sequence[Mapping[str, Any]]) -> None:

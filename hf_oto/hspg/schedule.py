@@ -33,7 +33,7 @@ class Schedule:
         """
         if total_steps < 1:
             raise ValueError(f"`total_steps` must be at least 1, got {total_steps}.")
-        start = round(config.warmup_ratio * total_steps)
+        start = round(config.pruning_start_ratio * total_steps)
         if config.target_sparsity is None:
             return cls(total_steps, (start,))
         end = round(config.pruning_end_ratio * total_steps)
@@ -41,8 +41,8 @@ class Schedule:
         if periods < 1:
             raise ValueError(
                 f"Pruning needs at least 1 step, but a run of {total_steps} steps has none between "
-                f"`warmup_ratio`={config.warmup_ratio} and `pruning_end_ratio`={config.pruning_end_ratio}. Train "
-                f"longer, or move the two apart."
+                f"`pruning_start_ratio`={config.pruning_start_ratio} and "
+                f"`pruning_end_ratio`={config.pruning_end_ratio}. Train longer, or move the two apart."
             )
         return cls(total_steps, tuple(start + (end - start) * period // periods for period in range(periods + 1)))
 

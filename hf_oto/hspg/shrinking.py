@@ -51,7 +51,7 @@ def pays(partition: Partition, config: OTOConfig, zero_masks: Iterable[tuple[str
     """
 
     def cost(kind: str) -> int:
-        return budget.group_cost(partition, kind, "macs", config.macs_sequence_length)
+        return budget.group_cost(partition, kind, "macs", config.sequence_length)
 
     total = sum(array.count * cost(array.kind) for array in partition.arrays)
     gone = sum(int(mask.sum()) * cost(kind) for kind, mask in zero_masks)

@@ -45,12 +45,12 @@ class Distiller:
     @property
     def teaches(self) -> bool:
         """Whether anything is learnt from the teacher."""
-        return self.config.distillation_weight > 0 or self.config.hidden_state_weight > 0
+        return self.config.distillation_weight > 0 or self.config.distillation_hidden_weight > 0
 
     @property
     def options(self) -> dict[str, bool]:
         """What both forwards are asked for beyond their usual outputs."""
-        return {"output_hidden_states": True} if self.config.hidden_state_weight else {}
+        return {"output_hidden_states": True} if self.config.distillation_hidden_weight else {}
 
     def __call__(
         self, student: PreTrainedModel, outputs: Mapping[str, Any], inputs: Mapping[str, Any]
@@ -69,10 +69,10 @@ class Distiller:
         if self.config.distillation_weight:
             loss, count = self._compare(student, outputs, expected, inputs)
             terms.append(self.config.distillation_weight * loss)
-        if self.config.hidden_state_weight:
+        if self.config.distillation_hidden_weight:
             states, theirs = outputs["hidden_states"], expected["hidden_states"]
             real_BL = real_positions(student, inputs.get("attention_mask"), states[-1], encoder=True)
-            terms.append(self.config.hidden_state_weight * hidden_states_loss(states, theirs, real_BL))
+            terms.append(self.config.distillation_hidden_weight * hidden_states_loss(states, theirs, real_BL))
         return torch.stack(terms).sum(), count
 
     @torch.no_grad()
@@ -82,7 +82,7 @@ class Distiller:
         asked = {name: value for name, value in inputs.items() if name in known}
         if "token_type_ids" not in inputs and _segments(self.teacher) > 1 >= _segments(student):
             logger.warning_once(
-                f"`teacher` ({type(self.teacher).__name__}) tells segments apart by `token_type_ids`, which "
+                f"`teacher_model` ({type(self.teacher).__name__}) tells segments apart by `token_type_ids`, which "
                 f"{type(student).__name__} does not read and the data does not have: all tokens are of the first "
                 f"segment to it. With pairs of texts, tokenize with `return_token_type_ids=True`."
             )
@@ -142,25 +142,33 @@ def load_teacher(
     if isinstance(teacher, str | os.PathLike):
         loader = getattr(transformers, f"AutoModel{task}", None)
         if loader is None:
-            raise ValueError(f"`teacher`={teacher!r} cannot be loaded for {type(student).__name__}: pass a model.")
+            raise ValueError(
+                f"`teacher_model`={teacher!r} cannot be loaded for {type(student).__name__}: pass a model."
+            )
         teacher = cast(PreTrainedModel, loader.from_pretrained(teacher))
     if not isinstance(teacher, PreTrainedModel):
-        raise TypeError(f"`teacher` must be a Transformers model, a folder or a Hub id, got {type(teacher).__name__}.")
+        raise TypeError(
+            f"`teacher_model` must be a Transformers model, a folder or a Hub id, got {type(teacher).__name__}."
+        )
     if task == "ForPreTraining":
-        raise ValueError(f"`teacher` is not supported for {type(student).__name__}: its outputs are of several kinds.")
+        raise ValueError(
+            f"`teacher_model` is not supported for {type(student).__name__}: its outputs are of several kinds."
+        )
     if teacher is student:
-        raise ValueError("`teacher` must be another model than the one in training. Pass a copy of it.")
+        raise ValueError("`teacher_model` must be another model than the one in training. Pass a copy of it.")
     if task_of(teacher) != task:
         raise ValueError(
-            f"`teacher` must have the head of the model in training, got {type(teacher).__name__} for "
+            f"`teacher_model` must have the head of the model in training, got {type(teacher).__name__} for "
             f"{type(student).__name__}."
         )
     names = ["vocab_size", "num_labels"] + ["hidden_size"] * hidden_states
     for name in names:
         theirs, ours = getattr(teacher.config, name, None), getattr(student.config, name, None)
         if theirs != ours:
-            remedy = "Set `hidden_state_weight` to 0." if name == "hidden_size" else "Choose a teacher of the same."
-            raise ValueError(f"`teacher` has `{name}`={theirs}, the model in training {ours}. {remedy}")
+            remedy = (
+                "Set `distillation_hidden_weight` to 0." if name == "hidden_size" else "Choose a teacher of the same."
+            )
+            raise ValueError(f"`teacher_model` has `{name}`={theirs}, the model in training {ours}. {remedy}")
     class_order(teacher, student)
     return teacher
 
@@ -192,16 +200,16 @@ def _order(theirs: tuple[str, ...], ours: tuple[str, ...]) -> tuple[int, ...] | 
         return None
     if any(unnamed):
         logger.warning(
-            f"`teacher` has the classes {list(theirs)}, the model in training {list(ours)}: they are taken to be in "
-            f"the same order. Give both their names (`id2label`), and the order is followed."
+            f"`teacher_model` has the classes {list(theirs)}, the model in training {list(ours)}: they are taken to "
+            f"be in the same order. Give both their names (`id2label`), and the order is followed."
         )
         return None
     for found in ((theirs, ours), tuple(tuple(name.casefold() for name in names) for names in (theirs, ours))):
         if sorted(found[0]) == sorted(found[1]) and len({*found[0]}) == len(ours):
             return tuple(found[0].index(name) for name in found[1])
     raise ValueError(
-        f"`teacher` must have the classes of the model in training, got {list(theirs)} for {list(ours)}. If they mean "
-        f"the same, give both the same names (`id2label`), each in its own order."
+        f"`teacher_model` must have the classes of the model in training, got {list(theirs)} for {list(ours)}. If "
+        f"they mean the same, give both the same names (`id2label`), each in its own order."
     )
 
 
@@ -360,13 +368,15 @@ def logits_loss(
     """
     names = [name for name in student if name.endswith("logits")]
     if not names or any(name not in teacher for name in names):
-        raise ValueError(f"`teacher` must give the outputs of the model in training, {names}, got {list(teacher)}.")
+        raise ValueError(
+            f"`teacher_model` must give the outputs of the model in training, {names}, got {list(teacher)}."
+        )
     losses = []
     for name in names:
         if student[name].shape != teacher[name].shape:
             raise ValueError(
-                f"`teacher` gives `{name}` of shape {tuple(teacher[name].shape)}, the model in training of shape "
-                f"{tuple(student[name].shape)}."
+                f"`teacher_model` gives `{name}` of shape {tuple(teacher[name].shape)}, the model in training of "
+                f"shape {tuple(student[name].shape)}."
             )
         losses.append(_mean(divergence(student[name], teacher[name], temperature, problem_type), counted_BL))
     return torch.stack(losses).mean()
@@ -397,8 +407,8 @@ def hidden_states_loss(
     blocks, theirs = len(student) - 1, len(teacher) - 1
     if student[-1].shape != teacher[-1].shape:
         raise ValueError(
-            f"`teacher` has hidden states of shape {tuple(teacher[-1].shape)}, the model in training of shape "
-            f"{tuple(student[-1].shape)}. Set `hidden_state_weight` to 0."
+            f"`teacher_model` has hidden states of shape {tuple(teacher[-1].shape)}, the model in training of shape "
+            f"{tuple(student[-1].shape)}. Set `distillation_hidden_weight` to 0."
         )
     counted_BL = None if attention_mask_BL is None else attention_mask_BL.bool()
     differences = [

@@ -22,6 +22,7 @@ from ..models.groups import config_counts, partition
 from ..models.modes import dropping_modules
 from ..models.sharding import is_sharded
 from ..models.surgery import check_compressible, shrink
+from ..renamed import refuse_old_names
 from . import checkpoints, showing
 from .attaching import decay_in_recovery, goes_on, hspg_in, optimizers_in, settled_config, wrapped
 from .data_parallel import unwatchable, watch_anew
@@ -55,9 +56,10 @@ class PruningTrainer(TaughtTrainer):
         args: TrainingArguments | None = None,
         *others: Any,
         oto_config: OTOConfig | None = None,
-        teacher: PreTrainedModel | str | os.PathLike[str] | None = None,
+        teacher_model: PreTrainedModel | str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
+        refuse_old_names(f"{type(self).__name__}()", kwargs, {"teacher": "teacher_model"})
         if oto_config is not None and not isinstance(oto_config, OTOConfig):
             raise TypeError(f"`oto_config` must be an OTOConfig, got {type(oto_config).__name__}.")
         oto_config = settled_config(oto_config, optimizers_in(others, kwargs))
@@ -71,7 +73,7 @@ class PruningTrainer(TaughtTrainer):
         self._rows: list[int] = []  # of the micro-steps that saliency has not been gathered of
         self._last_loss: Any = math.nan
         self._shrunk_checkpoint: str | None = None  # to resume from, when the optimizer can follow
-        super().__init__(model, args, *others, oto_config=oto_config, teacher=teacher, **kwargs)
+        super().__init__(model, args, *others, oto_config=oto_config, teacher_model=teacher_model, **kwargs)
         self._check_supported()
 
     # What is pruned.

@@ -48,12 +48,12 @@ class _PruningTrainer(OTOTrainer):
         model: Any = None,
         args: Any = None,
         *others: Any,
-        teacher: PreTrainedModel | str | None = None,
+        teacher_model: PreTrainedModel | str | None = None,
         **kwargs: Any,
     ) -> None:
-        if teacher is not None:
+        if teacher_model is not None:
             raise ValueError(
-                "`teacher` is not supported for models of sentence-transformers, which learn from embeddings or "
+                "`teacher_model` is not supported for models of sentence-transformers, which learn from embeddings or "
                 "scores and not from logits. Give them as the data set's `label`, as `teacher.encode(texts)` returns "
                 "them, with `MSELoss` or `EmbedDistillLoss`; a cross-encoder's scores with its own `MSELoss` or "
                 "`MarginMSELoss`."
@@ -133,7 +133,7 @@ class _PruningTrainer(OTOTrainer):
         drawn = list(CAPTIONS)[: 2 if training_entries(self.state.log_history) else 1]
         repo_id = self.hub_model_id or self._output_dir
         section = card_section(
-            summarize(self._part(), sequence_length=config.macs_sequence_length, latency_table=config.latency_table),
+            summarize(self._part(), sequence_length=config.sequence_length, latency_table=config.latency_table),
             repo_id=repo_id,
             loading=f"from sentence_transformers import {self.loading_class}\n\n"
             f'model = {self.loading_class}("{repo_id}"{"" if config.uniform else ", trust_remote_code=True"})',
@@ -164,8 +164,8 @@ class OTOSentenceTransformerTrainer(_PruningTrainer, SentenceTransformerTrainer)
             [`SentenceTransformerTrainer`].
 
     Raises:
-        `ValueError`: There is no one Transformers model of a supported family inside, a `teacher` or `fsdp` is given,
-            or what [`OTOTrainer`] refuses.
+        `ValueError`: There is no one Transformers model of a supported family inside, a `teacher_model` or `fsdp` is
+            given, or what [`OTOTrainer`] refuses.
 
     Example:
 

@@ -22,7 +22,7 @@ def pictures(model: PreTrainedModel, config: OTOConfig, log_history: Sequence[Ma
     """The pictures of a model and of its run; none of a sharded model."""
     if is_sharded(model):
         return {}
-    summary = summarize(model, sequence_length=config.macs_sequence_length, latency_table=config.latency_table)
+    summary = summarize(model, sequence_length=config.sequence_length, latency_table=config.latency_table)
     return figures(summary, log_history)
 
 
@@ -60,7 +60,7 @@ def complete_card(
     drawn = pictures(model, config, log_history)
     save_figures(drawn, path.parent)
     logged = [entry for entry in log_history if any(name.startswith("eval_") for name in entry)]
-    summary = summarize(model, sequence_length=config.macs_sequence_length, latency_table=config.latency_table)
+    summary = summarize(model, sequence_length=config.sequence_length, latency_table=config.latency_table)
     section = card_section(
         summary,
         repo_id=repo_id,

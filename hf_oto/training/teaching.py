@@ -19,7 +19,7 @@ class TaughtTrainer(Trainer):
 
     Args:
         oto_config ([`OTOConfig`], *optional*): How much is learnt from the teacher, and how.
-        teacher ([`PreTrainedModel`], `str` or `os.PathLike`, *optional*): See [`OTOTrainer`].
+        teacher_model ([`PreTrainedModel`], `str` or `os.PathLike`, *optional*): See [`OTOTrainer`].
     """
 
     def __init__(
@@ -28,24 +28,24 @@ class TaughtTrainer(Trainer):
         args: TrainingArguments | None = None,
         *others: Any,
         oto_config: OTOConfig | None = None,
-        teacher: PreTrainedModel | str | os.PathLike[str] | None = None,
+        teacher_model: PreTrainedModel | str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
         self.oto_config = OTOConfig() if oto_config is None else oto_config
         if model is not None:  # before Trainer makes `output_dir`
-            teacher = self._load_teacher(teacher, model)
+            teacher_model = self._load_teacher(teacher_model, model)
         self._teacher_asked = False
         self._for_teacher: dict[str, Any] = {}  # what it alone reads of the batch
         super().__init__(model, args, *others, **kwargs)
-        loaded = self._load_teacher(teacher, self.model)
-        self.teacher = None if loaded is None else cast(nn.Module, loaded).to(self.args.device).eval()
+        loaded = self._load_teacher(teacher_model, self.model)
+        self.teacher_model = None if loaded is None else cast(nn.Module, loaded).to(self.args.device).eval()
 
     def _load_teacher(
         self, teacher: PreTrainedModel | str | os.PathLike[str] | None, model: Any
     ) -> PreTrainedModel | None:
         if teacher is None:
             return None
-        return load_teacher(teacher, model, hidden_states=self.oto_config.hidden_state_weight > 0)
+        return load_teacher(teacher, model, hidden_states=self.oto_config.distillation_hidden_weight > 0)
 
     def _whole_model(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -82,9 +82,9 @@ class TaughtTrainer(Trainer):
     @property
     def _distiller(self) -> Distiller | None:
         """`None` where nothing is to be learnt from a teacher."""
-        if self.teacher is None:
+        if self.teacher_model is None:
             return None
-        distiller = Distiller(cast(PreTrainedModel, self.teacher), self.oto_config)
+        distiller = Distiller(cast(PreTrainedModel, self.teacher_model), self.oto_config)
         return distiller if distiller.teaches else None
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -110,8 +110,8 @@ class TaughtTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._distiller is not None and not self._teacher_asked:
             raise ValueError(
-                f"`teacher` was not asked: a `compute_loss` of {type(self).__name__} computes its loss without "
+                f"`teacher_model` was not asked: a `compute_loss` of {type(self).__name__} computes its loss without "
                 f"OTOTrainer's. Let it call `super().compute_loss(model, inputs, return_outputs=True, …)` and go on "
-                f"from that, hand a function over as `compute_loss_func`, or leave `teacher` out."
+                f"from that, hand a function over as `compute_loss_func`, or leave `teacher_model` out."
             )
         return loss

@@ -114,9 +114,11 @@ def test_answers_are_those_of_the_cpu(name, device):
     [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1].weight.data *= 10
     made = make_questions(3, seed=5)
     asked = [question["question"] for _, question in made], [context for context, _ in made]
-    options = {"max_length": 40, "stride": 12, "max_answer_length": 6}
-    expected = QuestionAnswerer(model, tokenizer, **options).answer(*asked, no_answer=True)
-    found = QuestionAnswerer(copy.deepcopy(model).to(device), tokenizer, **options).answer(*asked, no_answer=True)
+    options = {"max_seq_length": 40, "doc_stride": 12, "max_answer_length": 6}
+    expected = QuestionAnswerer(model, tokenizer, **options).answer(*asked, handle_impossible_answer=True)
+    found = QuestionAnswerer(copy.deepcopy(model).to(device), tokenizer, **options).answer(
+        *asked, handle_impossible_answer=True
+    )
     for (one,), (other,) in zip(found, expected, strict=True):
         assert (one.start, one.end) == (other.start, other.end) and one.score == pytest.approx(other.score, rel=1e-3)
 
@@ -137,7 +139,7 @@ def test_two_models_are_timed_where_they_are(name, device):
 
 @pytest.mark.parametrize("name", READING)
 def test_latencies_are_measured_where_the_model_is(name, device):
-    table = measure_latency(tiny_model(name).to(device), length=8, repeats=1, warmup=1)
+    table = measure_latency(tiny_model(name).to(device), sequence_length=8, repeats=1, warmup=1)
     assert table.device == device_name(device) and table.total > table.num_layers * table.neurons[-1][1] > 0
     assert table.method == METHODS.get(device.type, "device events")
     assert LatencyTable.from_dict(table.to_dict()) == table

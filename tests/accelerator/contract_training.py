@@ -48,7 +48,7 @@ def make(folder, name, device, teacher=None, saves=True, **settings):
         train_dataset=[{key: value[row] for key, value in rows.items()} for row in range(16)],
         compute_loss_func=None if {"labels", "start_positions"} & rows.keys() else squares,
         oto_config=OTOConfig(**{**CONFIG.to_dict(), **settings}),
-        teacher=teacher,
+        teacher_model=teacher,
     )
     assert trainer.args.device.type == device.type
     return trainer
@@ -74,7 +74,7 @@ def test_a_run_saves_what_it_trained_and_resumes(name, shrinks, device, tmp_path
     model, hspg = trainer.model, trainer.hspg
     assert {parameter.device for parameter in model.parameters()} == {device} and hspg.target_reached
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
-    assert (trainer.teacher is None) == (teacher is None)
+    assert (trainer.teacher_model is None) == (teacher is None)
 
     written = json.loads((tmp_path / "run" / "config.json").read_text())
     assert written["model_type"].startswith("oto_")

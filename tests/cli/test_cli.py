@@ -195,9 +195,9 @@ def test_inspect_says_what_a_target_leaves(unit, pruned, tmp_path):
         model.bert.encoder.layer[1].attention.output.dense.weight.data[:, :8] = 0
         model = compress(model)
     model.save_pretrained(tmp_path)
-    settings = {"target_sparsity": 0.4, "target_unit": unit, "macs_sequence_length": 20, "min_heads": 2}
+    settings = {"target_sparsity": 0.4, "target_unit": unit, "sequence_length": 20, "min_heads": 2}
     settings |= {"min_neurons": 4, "round_to": 4}
-    options = ["--target", 0.4, "--target-unit", unit, "--sequence-length", 20]
+    options = ["--target-sparsity", 0.4, "--target-unit", unit, "--sequence-length", 20]
     options += ["--min-heads", 2, "--min-neurons", 4, "--round-to", 4]
     target = answered("inspect", tmp_path, *options)["target"]
     assert target == target | settings
@@ -236,17 +236,17 @@ def test_inspect_says_what_a_target_leaves(unit, pruned, tmp_path):
 
 def test_a_target_of_one_structure_leaves_the_other_alone(tmp_path):
     saved(tmp_path)
-    found = answered("inspect", tmp_path, "--target", 0.5, "--structures", "neurons", "--round-to", 1)
+    found = answered("inspect", tmp_path, "--target-sparsity", 0.5, "--structures", "neurons", "--round-to", 1)
     assert found["target"]["total"] == 72 * 65 and found["target"]["budget"] == 36 * 65
     assert all(sum(one["heads"]) == 12 and sum(one["neurons"]) == 36 for one in found["target"]["leaves"].values())
 
 
 def test_what_cannot_be_inspected_is_refused(tmp_path):
     saved(tmp_path / "model")
-    assert "got 1.5" in refused("inspect", tmp_path / "model", "--target", 1.5)
-    assert "cannot be reached" in refused("inspect", tmp_path / "model", "--target", 0.99)
+    assert "got 1.5" in refused("inspect", tmp_path / "model", "--target-sparsity", 1.5)
+    assert "cannot be reached" in refused("inspect", tmp_path / "model", "--target-sparsity", 0.99)
     assert "must be one of params" in refused("inspect", tmp_path / "model", "--target-unit", "grams")
-    assert "`sequence_length`" in refused("inspect", tmp_path / "model", "--sequence-length", 0).replace("macs_", "")
+    assert "`sequence_length`" in refused("inspect", tmp_path / "model", "--sequence-length", 0)
     assert "nobody/nothing is no folder" in refused("inspect", "nobody/nothing")
     assert "is no folder, and no model" in refused("inspect", tmp_path / "absent" / "model")
     transformers.GPT2Config().save_pretrained(tmp_path / "gpt2")
@@ -322,7 +322,7 @@ def test_a_config_that_names_a_head_without_weights_is_a_base_model(tmp_path):
     small = transformers.AutoModel.from_pretrained(out)
     assert largest_difference(outputs(small), outputs(model)) <= 1e-5
     assert answered("inspect", out)["class"] == "OTOMPNetModel"
-    answered("bench", checkpoint, out, "--length", 8, "--repeats", 1)
+    answered("bench", checkpoint, out, "--sequence-length", 8, "--repeats", 1)
     wordpiece().save_pretrained(checkpoint)
     answered("export", checkpoint, tmp_path / "onnx", "--folder")
     assert json.loads((tmp_path / "onnx" / "config.json").read_text())["architectures"] == ["MPNetModel"]
@@ -377,7 +377,7 @@ def test_compress_names_what_no_config_of_the_familys_own_can_say(tmp_path):
 
 def test_compress_counts_as_the_settings_of_the_run_do(tmp_path):
     model, table = saved(tmp_path / "checkpoint", zeros=True), made_table(partition(tiny_model(BERT)))
-    config = OTOConfig(macs_sequence_length=17, target_unit="latency", latency_table=table)
+    config = OTOConfig(sequence_length=17, target_unit="latency", latency_table=table)
     config.save_pretrained(tmp_path / "checkpoint")
     expected = summarize(model, sequence_length=17, latency_table=table).to_dict()
     found = answered("compress", tmp_path / "checkpoint", tmp_path / "small")
@@ -433,10 +433,10 @@ def test_compress_leaves_nothing_where_the_disk_is_full(tmp_path):
 def test_the_table_that_latency_writes_is_one_for_a_target(tmp_path):
     saved(tmp_path / "dense")
     out = tmp_path / "table.json"
-    options = ["--batch-size", 2, "--length", 9, "--threads", 1, "--repeats", 2, "--cpu-time"]
+    options = ["--batch-size", 2, "--sequence-length", 9, "--threads", 1, "--repeats", 2, "--cpu-time"]
     found = answered("latency", tmp_path / "dense", out, *options)
     assert found == {"out": str(out), **json.loads(out.read_text(encoding="utf-8"))}
-    assert (found["batch_size"], found["length"], found["threads"], found["model_type"]) == (2, 9, 1, "bert")
+    assert (found["batch_size"], found["sequence_length"], found["threads"], found["model_type"]) == (2, 9, 1, "bert")
     config = OTOConfig(target_unit="latency", latency_table=out, target_sparsity=0.0)
     HSPG(torch.optim.SGD(tiny_model(BERT).named_parameters()), partition(tiny_model(BERT)), config, 40)
     text = run("latency", tmp_path / "dense", tmp_path / "half.json", *options, "--dtype", "bfloat16").stdout
@@ -453,7 +453,7 @@ def test_inspect_takes_a_table(tmp_path):
     model = saved(tmp_path / "dense")
     table = made_table(partition(model), fixed=2000, seed=2)
     table.save(tmp_path / "table.json")
-    options = ["--target-unit", "latency", "--latency-table", tmp_path / "table.json", "--target", 0.3]
+    options = ["--target-unit", "latency", "--latency-table", tmp_path / "table.json", "--target-sparsity", 0.3]
     found = answered("inspect", tmp_path / "dense", *options)
     assert found["latency"] == found["dense_latency"] == table.total and found["latency_ratio"] == 1
     target = found["target"]
@@ -480,7 +480,9 @@ def test_what_latency_refuses_writes_nothing(tmp_path):
     assert "pruned already" in refused("latency", tmp_path / "small", out)
     assert "`dtype` must be one of float32" in refused("latency", tmp_path / "dense", out, "--dtype", "int8")
     assert "`device` must be cpu, or cuda where" in refused("latency", tmp_path / "dense", out, "--device", "tpu")
-    assert "`length` must be at most 40" in refused("latency", tmp_path / "dense", out, "--length", 41)
+    assert "`sequence_length` must be at most 40" in refused(
+        "latency", tmp_path / "dense", out, "--sequence-length", 41
+    )
     assert everything_in(tmp_path) == before
 
 
@@ -498,9 +500,22 @@ def pair(tmp_path_factory):
 
 
 def test_bench_times_every_size_side_by_side(pair):
-    options = ["--batch-size", 1, "--batch-size", 3, "--length", 8, "--length", 30, "--repeats", 5, "--threads", 1]
+    options = [
+        "--batch-size",
+        1,
+        "--batch-size",
+        3,
+        "--sequence-length",
+        8,
+        "--sequence-length",
+        30,
+        "--repeats",
+        5,
+        "--threads",
+        1,
+    ]
     rows = answered("bench", *pair, *options)["measurements"]
-    assert [(row["batch_size"], row["length"]) for row in rows] == [(1, 8), (3, 8), (1, 30), (3, 30)]
+    assert [(row["batch_size"], row["sequence_length"]) for row in rows] == [(1, 8), (3, 8), (1, 30), (3, 30)]
     for row in rows:
         assert (row["backend"], row["threads"]) == ("eager", 1)
         for name in ("dense", "pruned"):
@@ -509,7 +524,8 @@ def test_bench_times_every_size_side_by_side(pair):
             assert row[f"{name}_throughput"] == pytest.approx(1000 * row["batch_size"] / latency["median"])
         assert row["latency_ratio"] == row["dense"]["median"] / row["pruned"]["median"]
         macs = [
-            summarize(transformers.AutoModel.from_pretrained(model), sequence_length=row["length"]) for model in pair
+            summarize(transformers.AutoModel.from_pretrained(model), sequence_length=row["sequence_length"])
+            for model in pair
         ]
         assert row["macs_ratio"] == macs[0].macs / macs[1].macs > 1
     text = run("bench", *pair, *options).stdout
@@ -518,7 +534,7 @@ def test_bench_times_every_size_side_by_side(pair):
 
 
 def test_bench_takes_another_dtype(pair):
-    options = ["--length", 8, "--threads", 1, "--repeats", 1, "--dtype", "bfloat16"]
+    options = ["--sequence-length", 8, "--threads", 1, "--repeats", 1, "--dtype", "bfloat16"]
     (row,) = answered("bench", *pair, *options)["measurements"]
     assert (row["dtype"], row["device"], row["method"]) == ("bfloat16", "cpu", "clock")
     assert "1 runs each, 1 thread, bfloat16" in run("bench", *pair, *options).stdout
@@ -527,7 +543,9 @@ def test_bench_takes_another_dtype(pair):
 def test_bench_sees_that_a_model_is_slower(tmp_path):
     saved(tmp_path / "slow", num_hidden_layers=12)
     saved(tmp_path / "fast", num_hidden_layers=1)
-    (row,) = answered("bench", tmp_path / "slow", tmp_path / "fast", "--length", 30, "--threads", 1)["measurements"]
+    (row,) = answered("bench", tmp_path / "slow", tmp_path / "fast", "--sequence-length", 30, "--threads", 1)[
+        "measurements"
+    ]
     assert row["latency_ratio"] > 3 and row["macs_ratio"] == 12
 
 
@@ -535,7 +553,7 @@ def test_bench_restores_the_threads_and_takes_models_of_two_families(tmp_path):
     saved(tmp_path / "bert")
     saved(tmp_path / "distilbert", "DistilBertForQuestionAnswering", vocab_size=31)
     before = torch.get_num_threads()
-    options = ["--length", 8, "--threads", before + 1, "--repeats", 1]
+    options = ["--sequence-length", 8, "--threads", before + 1, "--repeats", 1]
     (row,) = answered("bench", tmp_path / "bert", tmp_path / "distilbert", *options)["measurements"]
     assert row["threads"] == before + 1 and torch.get_num_threads() == before
 
@@ -552,7 +570,7 @@ def test_bench_on_other_backends(backend, pair, monkeypatch):
         return inference_session(path, threads)
 
     monkeypatch.setattr(benchmark, "inference_session", session)
-    options = ["--backend", backend, "--length", 8, "--repeats", 2, "--threads", 1]
+    options = ["--backend", backend, "--sequence-length", 8, "--repeats", 2, "--threads", 1]
     (row,) = answered("bench", *pair, *options)["measurements"]
     assert row["backend"] == backend and row["dense"]["median"] > 0 and row["pruned"]["median"] > 0
     assert set(pair[0].parent.iterdir()) == {*pair}
@@ -562,7 +580,9 @@ def test_bench_on_other_backends(backend, pair, monkeypatch):
 
 def test_what_cannot_be_timed_is_refused(pair, monkeypatch):
     assert "must be one of eager, compile, onnx, onnx-int8, got 'tpu'" in refused("bench", *pair, "--backend", "tpu")
-    assert "`length` must be at most 40, what both models read, got 41" in refused("bench", *pair, "--length", 41)
+    assert "`sequence_length` must be at most 40, what both models read, got 41" in refused(
+        "bench", *pair, "--sequence-length", 41
+    )
     assert "`dtype` must be one of float32, bfloat16, float16, got 'int8'" in refused(
         "bench", *pair, "--dtype", "int8"
     )
@@ -574,8 +594,8 @@ def test_what_cannot_be_timed_is_refused(pair, monkeypatch):
     with pytest.raises(
         ValueError, match="must be on one device and of one dtype, got torch.float32 on cpu and torch.bf"
     ):
-        benchmark.measure(models[0], models[1].bfloat16(), lengths=(8,))
-    for name in ("batch-size", "length", "threads", "repeats", "warmup"):
+        benchmark.measure(models[0], models[1].bfloat16(), sequence_lengths=(8,))
+    for name in ("batch-size", "sequence-length", "threads", "repeats", "warmup"):
         assert f"`{name.replace('-', '_')}` must be at least 1, got 0" in refused("bench", *pair, f"--{name}", 0)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     error = "ONNX needs onnxruntime: `pip install 'hf-oto[onnx]'`."
@@ -745,13 +765,14 @@ def test_answer_gives_what_the_class_gives(reader, tmp_path):
     for row, own in zip(found["questions"], expected, strict=True):
         assert row["answers"] == [vars(one) for one in own]
     (tmp_path / "page.txt").write_text(context, encoding="utf-8")
-    options = ["--top-k", 500, "--no-answer", "--max-length", 50, "--stride", 10, "--max-answer-length", 4]
+    options = ["--top-k", 500, "--handle-impossible-answer", "--max-seq-length", 50, "--doc-stride", 10]
+    options += ["--max-answer-length", 4]
     result = run("answer", reader, "--question", asked[0], "--context-file", tmp_path / "page.txt", *options)
     assert result.exit_code == 0, result.stderr
-    answerer = QuestionAnswerer.from_pretrained(reader, max_length=50, stride=10, max_answer_length=4)
+    answerer = QuestionAnswerer.from_pretrained(reader, max_seq_length=50, doc_stride=10, max_answer_length=4)
     lines = [
         f"{one.score:.3f}  {one.start}-{one.end}  {one.text or '(no answer)'}"
-        for one in answerer(asked[0], context, top_k=500, no_answer=True)
+        for one in answerer(asked[0], context, top_k=500, handle_impossible_answer=True)
     ]
     assert result.stdout.splitlines() == lines and any(line.endswith("  0-0  (no answer)") for line in lines)
 

@@ -29,7 +29,7 @@ def answerer(name, tokenizers, **options):
     model = tiny_model(name, vocab_size=len(tokenizer), max_position_embeddings=64, num_hidden_layers=2)
     # Of random weights all spans are about as good. Sharper logits have answers that stand out.
     model.qa_outputs.weight.data *= 10
-    settings = {"max_length": LENGTH, "stride": STRIDE, "max_answer_length": LONGEST} | options
+    settings = {"max_seq_length": LENGTH, "doc_stride": STRIDE, "max_answer_length": LONGEST} | options
     return QuestionAnswerer(model, tokenizer, **settings)
 
 
@@ -84,7 +84,7 @@ def plain(found, question, context, no_answer):
 def test_answers_are_those_of_plain_loops(name, no_answer, tokenizers):
     found = answerer(name, tokenizers)
     asked, contexts = questions()
-    answers = found.answer(asked, contexts, top_k=10**9, no_answer=no_answer)
+    answers = found.answer(asked, contexts, top_k=10**9, handle_impossible_answer=no_answer)
     windows = [len(found._windows(0, *pair)) for pair in zip(asked, contexts, strict=True)]
     assert windows[0] >= 1 and windows[-1] > 5
     for question, context, own in zip(asked, contexts, answers, strict=True):
@@ -128,7 +128,9 @@ def test_a_pruned_model_on_the_disk_answers_as_the_zeroed_one(tokenizers, tmp_pa
     zero_uneven(zeroed.model)
     compress(zeroed.model).save_pretrained(tmp_path)
     zeroed.tokenizer.save_pretrained(tmp_path)
-    pruned = QuestionAnswerer.from_pretrained(tmp_path, max_length=LENGTH, stride=STRIDE, max_answer_length=LONGEST)
+    pruned = QuestionAnswerer.from_pretrained(
+        tmp_path, max_seq_length=LENGTH, doc_stride=STRIDE, max_answer_length=LONGEST
+    )
     assert type(pruned.model).__name__ == "OTOBertForQuestionAnswering"
     asked, contexts = questions()
     for own, other in zip(pruned.answer(asked, contexts), zeroed.answer(asked, contexts), strict=True):
@@ -174,14 +176,16 @@ def test_span_scores_by_hand():
     ],
 )
 def test_windows_are_by_default_as_long_as_the_model_reads(name, longest, tokenizers):
-    found = answerer(name, tokenizers, max_length=None, stride=None)
-    assert (found.max_length, found.stride) == (longest, longest // 3)
+    found = answerer(name, tokenizers, max_seq_length=None, doc_stride=None)
+    assert (found.max_seq_length, found.doc_stride) == (longest, longest // 3)
     asked, contexts = questions()
     assert len(found.answer(asked, contexts)) == 3  # positions suffice
-    with pytest.raises(ValueError, match=f"`max_length` must be from 1 to the model's {longest}, got {longest + 1}"):
-        answerer(name, tokenizers, max_length=longest + 1)
+    with pytest.raises(
+        ValueError, match=f"`max_seq_length` must be from 1 to the model's {longest}, got {longest + 1}"
+    ):
+        answerer(name, tokenizers, max_seq_length=longest + 1)
     long = tiny_model(name, vocab_size=len(found.tokenizer), max_position_embeddings=600)
-    assert QuestionAnswerer(long, found.tokenizer).max_length == 384
+    assert QuestionAnswerer(long, found.tokenizer).max_seq_length == 384
 
 
 def test_what_cannot_be_answered_is_refused(tokenizers):
@@ -191,7 +195,7 @@ def test_what_cannot_be_answered_is_refused(tokenizers):
             found(question, context)
     with pytest.raises(TypeError, match="must be text that is not empty, got int"):
         found("why?", 3)
-    with pytest.raises(ValueError, match="leaves 0 tokens of context beside a question of 60.*`stride` 12"):
+    with pytest.raises(ValueError, match="leaves 0 tokens of context beside a question of 60.*`doc_stride` 12"):
         found("a " * 60, "some text")
     with pytest.raises(ValueError, match="leaves 12 tokens of context beside a question of 25"):
         found("a " * 25, "some text")
@@ -201,7 +205,7 @@ def test_what_cannot_be_answered_is_refused(tokenizers):
         found.answer("why?", ["a", "b", "c", "d"])
     with pytest.raises(ValueError, match="`top_k` must be at least 1, got 0"):
         found("why?", "a", top_k=0)
-    for name in ("stride", "max_answer_length", "batch_size"):
+    for name in ("doc_stride", "max_answer_length", "batch_size"):
         with pytest.raises(ValueError, match=f"`{name}` must be at least .*, got -1"):
             answerer(ONE_EACH[0], tokenizers, **{name: -1})
     size = len(found.tokenizer)

@@ -18,7 +18,7 @@ from hf_oto.hspg.budget import check_target, removed_cost, target_examples
 from hf_oto.models.example_inputs import example_batch
 
 BERT = ONE_EACH[0]
-ONCE = {"length": 8, "repeats": 1, "warmup": 1}
+ONCE = {"sequence_length": 8, "repeats": 1, "warmup": 1}
 # One of each way in which blocks are built: fused projections, a bias of positions, several heads to a key/value head.
 BUILDS = (BERT, "DistilBertModel", "MPNetForQuestionAnswering", "ModernBertModel", "LlamaModel")
 
@@ -128,7 +128,7 @@ def test_what_is_measured_is_a_table_of_the_model(name):
     check_target(groups, config)
     assert [count for count, _ in table.heads] == list(range(groups.dense_heads + 1))
     assert [count for count, _ in table.neurons] == [0, 8, 16, 24]
-    assert (table.batch_size, table.length, table.threads, table.dtype) == (2, 8, number, "float32")
+    assert (table.batch_size, table.sequence_length, table.threads, table.dtype) == (2, 8, number, "float32")
 
 
 def test_the_dtype_is_the_models():
@@ -232,13 +232,13 @@ def test_floors_that_no_whole_structure_leaves_are_named():
 
 def test_what_cannot_be_measured_is_refused():
     model = tiny_model(BERT)
-    for name, value in (("batch_size", 0), ("length", 0), ("repeats", 0), ("warmup", 0), ("threads", 0)):
+    for name, value in (("batch_size", 0), ("sequence_length", 0), ("repeats", 0), ("warmup", 0), ("threads", 0)):
         with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
             measure_latency(model, **{name: value})
-    with pytest.raises(ValueError, match="`length` must be at most 40, what the model reads, got 200"):
-        measure_latency(model, length=200)
+    with pytest.raises(ValueError, match="`sequence_length` must be at most 40, what the model reads, got 200"):
+        measure_latency(model, sequence_length=200)
     with pytest.raises(ValueError, match="`cpu_time` is for `threads`=1 on the CPU, got 2 threads"):
-        measure_latency(model, threads=2, cpu_time=True, length=8)
+        measure_latency(model, threads=2, cpu_time=True, sequence_length=8)
     with pytest.raises(ValueError, match="`model` has no blocks"):
         measure_latency(tiny_model(BERT, num_hidden_layers=0))
     with pytest.raises(ValueError, match="must read tokens, ViTModel reads 'pixel_values'"):
@@ -326,7 +326,7 @@ def test_a_table_of_another_model_and_a_target_out_of_reach_are_refused_before_t
 
 
 def test_the_example_times_what_it_cut(tmp_path, capsys):
-    options = ["--size", "tiny", "--targets", "0.01", "--length", "64", "--repeats", "2", "--cpu_time"]
+    options = ["--size", "tiny", "--targets", "0.01", "--sequence_length", "64", "--repeats", "2", "--cpu_time"]
     numbers = example.main([*options, "--output", str(tmp_path / "latency.json")])
     assert json.loads((tmp_path / "latency.json").read_text(encoding="utf-8")) == numbers
     assert [row["way"] for row in numbers["rows"]] == ["heads first", "evenly", "neurons first"]

@@ -9,7 +9,7 @@ from benchmarks import cost, scale, speed
 
 @pytest.mark.slow
 def test_a_tiny_benchmark_measures_every_stage(tmp_path, capsys):
-    sizes = {"size": "tiny", "steps": 60, "batch_size": 2, "length": 16, "targets": 0.5, "device": "cpu"}
+    sizes = {"size": "tiny", "steps": 60, "batch_size": 2, "sequence_length": 16, "targets": 0.5, "device": "cpu"}
     command = [*(word for name, value in sizes.items() for word in (f"--{name}", str(value))), "--no-bf16"]
     numbers = cost.main([*command, "--output", str(tmp_path / "cost.json")])
     assert json.loads((tmp_path / "cost.json").read_text(encoding="utf-8")) == numbers
@@ -91,7 +91,13 @@ def test_the_power_of_growth():
 
 
 def test_the_speed_is_measured_beside_its_limit(tmp_path, capsys):
-    sizes = {"targets": (0.3, 0.5), "batch_sizes": (1, 2), "lengths": (8,), "threads": (1,), "round_to": (4, 64)}
+    sizes = {
+        "targets": (0.3, 0.5),
+        "batch_sizes": (1, 2),
+        "sequence_lengths": (8,),
+        "threads": (1,),
+        "round_to": (4, 64),
+    }
     command = [word for name, values in sizes.items() for word in (f"--{name}", *map(str, values))]
     command += ["--size", "tiny", "--backends", "eager", "--repeats", "2", "--output", str(tmp_path / "speed.json")]
     lines = speed.main(command)

@@ -89,7 +89,7 @@ def test_a_tiny_frontier_from_end_to_end(tmp_path, capfd):
     assert "F1 kept" in shown and (tmp_path / "out" / "frontier.png").is_file()
     (taught,) = (command for command in shown.splitlines() if "hspg+teacher-0.5-0" in command and "$" in command)
     dense = f"{tmp_path}/out/dense-0"
-    expected = {"teacher_name_or_path": dense, "model_name_or_path": dense, "hidden_state_weight": "10"}
+    expected = {"teacher_model_name_or_path": dense, "model_name_or_path": dense, "distillation_hidden_weight": "10"}
     for option, value in {**expected, "lr_scheduler_type": "warmup_stable_decay"}.items():
         assert taught.rpartition(f"--{option} ")[2].split()[0] == value  # the last one counts
     sizes = {one["method"]: one["encoder_parameters"] for one in lines}

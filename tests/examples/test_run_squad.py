@@ -210,7 +210,10 @@ def test_what_cannot_work_is_refused_before_anything_is_written(work, tmp_path, 
         (("--compress", "--target_sparsity", "0.99"), "`target_sparsity`=0.99 .* cannot be reached"),
         (("--target_sparsity", "0.3"), "`--target_sparsity` set up the compression: give `--compress` too"),
         (("--tokenizer_name", str(tmp_path / "larger")), "tokenizer has 181 entries, the model's vocabulary 180"),
-        (("--compress", "--teacher_name_or_path", str(tmp_path / "larger")), "`teacher` has `vocab_size`=151"),
+        (
+            ("--compress", "--teacher_model_name_or_path", str(tmp_path / "larger")),
+            "`teacher_model` has `vocab_size`=151",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             run(work, tmp_path / "out", "--do_train", "--max_steps", "20", *arguments, train="train")
@@ -234,7 +237,15 @@ def test_a_teacher_that_tells_segments_apart_gets_them(work, tmp_path, monkeypat
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(BertForQuestionAnswering, "forward", noting)
-    more = ("--compress", "--pruning_periods", "2", "--teacher_name_or_path", str(work / "model"), "--max_steps", "8")
+    more = (
+        "--compress",
+        "--pruning_periods",
+        "2",
+        "--teacher_model_name_or_path",
+        str(work / "model"),
+        "--max_steps",
+        "8",
+    )
     run(work, tmp_path / "out", "--do_train", *more, train="train", model=student)
     assert len(seen) == 8
     for inputs in seen:
@@ -349,7 +360,7 @@ def test_the_price_counts_every_step_as_large_as_the_model_is_in_it(work, tmp_pa
     shrinking = ("--compress", "--pruning_periods", "4", "--shrink_during_training", "True", "--logging_steps", "1")
     dense = run(work, tmp_path / "dense", *batch, train="train")
     pruned = run(work, tmp_path / "pruned", *batch, *shrinking, train="train")
-    teacher = ("--compress", "--target_sparsity", "0", "--teacher_name_or_path", str(work / "model"))
+    teacher = ("--compress", "--target_sparsity", "0", "--teacher_model_name_or_path", str(work / "model"))
     taught = run(work, tmp_path / "taught", *batch, *teacher, train="train")
     windows = dense["train_samples"]
     epochs, rest = divmod(40, -(-windows // 8))

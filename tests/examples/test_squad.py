@@ -558,9 +558,9 @@ TRAIN = [*BASE, "--do_train", "--train_file", "t.json"]
 OTHERS = {
     "target_sparsity": 0.7,
     "target_unit": "macs",
-    "macs_sequence_length": 128,
+    "sequence_length": 128,
     "structures": ("neurons",),
-    "warmup_ratio": 0.1,
+    "pruning_start_ratio": 0.1,
     "pruning_end_ratio": 0.5,
     "pruning_periods": 3,
     "saliency": "taylor",
@@ -573,7 +573,7 @@ OTHERS = {
     "round_to": 4,
     "distillation_weight": 0.5,
     "distillation_temperature": 4.0,
-    "hidden_state_weight": 0.1,
+    "distillation_hidden_weight": 0.1,
     "uniform": True,
     "shrink_during_training": True,
     "keep_dropout": False,
@@ -594,7 +594,7 @@ def test_every_setting_of_the_compression_is_an_argument():
     assert [name for name in alone if getattr(OTOConfig(), name) != OTHERS[name]] == alone  # none is left out here
     compression = parse_arguments([*TRAIN, "--compress"])[2]
     assert compression.oto_config() == OTOConfig()
-    assert {*vars(compression)} == {*names, "compress", "teacher_name_or_path"}
+    assert {*vars(compression)} == {*names, "compress", "teacher_model_name_or_path"}
     compression = parse_arguments([*TRAIN, "--compress", *command_line(OTHERS)])[2]
     assert compression.oto_config() == OTOConfig(**OTHERS)
     assert parse_arguments(TRAIN)[2].oto_config() is None
@@ -617,8 +617,8 @@ def test_settings_without_compress_are_refused(name):
     given = command_line({name: OTHERS[name]})
     with pytest.raises(ValueError, match=f"^`--{name}` set up the compression: give `--compress` too"):
         parse_arguments([*TRAIN, *given])
-    with pytest.raises(ValueError, match=f"^`--{name}`, `--teacher_name_or_path` set up the compression"):
-        parse_arguments([*TRAIN, *given, "--teacher_name_or_path", "t"])
+    with pytest.raises(ValueError, match=f"^`--{name}`, `--teacher_model_name_or_path` set up the compression"):
+        parse_arguments([*TRAIN, *given, "--teacher_model_name_or_path", "t"])
 
 
 def test_the_target_may_be_none():

@@ -213,7 +213,7 @@ def test_an_answerers_scores_are_those_of_the_metric(version, tmp_path):
     assert read_questions(tmp_path / "dev.json", 4) == questions[:4]
     cases = []
     for one in questions:
-        (best,) = answerer(one.text, one.context, no_answer=version == "v2.0")
+        (best,) = answerer(one.text, one.context, handle_impossible_answer=version == "v2.0")
         # Decided by the answerer: its answers all count.
         cases.append((best.text, list(one.answers), *([0.0] if version == "v2.0" else [])))
     expected = score(load(version), *cases)

@@ -30,7 +30,7 @@ from hf_oto import (
 )
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 24}
-CONFIG = OTOConfig(target_sparsity=0.5, min_neurons=4, round_to=4, macs_sequence_length=16, pruning_periods=4)
+CONFIG = OTOConfig(target_sparsity=0.5, min_neurons=4, round_to=4, sequence_length=16, pruning_periods=4)
 STEPS = 16
 
 QUESTIONS = [asked["question"] for _, asked in make_questions(64, seed=1)]

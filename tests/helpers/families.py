@@ -253,7 +253,7 @@ def made_table(groups: Partition, seed: int = 0, fixed: int = 1000, points: int 
         heads=heads,
         neurons=neurons,
         batch_size=2,
-        length=13,
+        sequence_length=13,
         threads=1,
         device="cpu",
         dtype="float32",

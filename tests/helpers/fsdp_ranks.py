@@ -38,7 +38,7 @@ NAME, STEPS = ONE_EACH[0], 14
 # 33 neurons and 3 heads of 9, which no two or four ranks share evenly. Warm-up is 2 steps, a period too.
 SIZES = uneven(NAME) | {"num_hidden_layers": 2}
 CONFIG = OTOConfig(min_neurons=3, round_to=3, pruning_periods=3)
-AT_ONCE = OTOConfig(min_neurons=3, round_to=3, pruning_periods=3, warmup_ratio=0.0)
+AT_ONCE = OTOConfig(min_neurons=3, round_to=3, pruning_periods=3, pruning_start_ratio=0.0)
 UNIFORM = OTOConfig(min_neurons=3, round_to=3, pruning_periods=3, uniform=True, structures=("neurons",))
 # What is stopped before which step, and goes on from which kind of checkpoint. Not before the first: torch makes
 # Adam's state to save it, by a step that Adam counts. SGD has none, so torch takes such a step at every save.
@@ -68,7 +68,7 @@ def shard(model, layout: str, replicas: int = 1):
 
 
 def run_name(base: str, config: OTOConfig) -> str:
-    return f"{base}-{config.warmup_ratio}"
+    return f"{base}-{config.pruning_start_ratio}"
 
 
 def begin(layout: str, config: OTOConfig, base: str = "AdamW", dtype: torch.dtype = torch.float64, replicas: int = 1):

@@ -139,7 +139,7 @@ def run_taught(folder: Path) -> None:
             ),
             train_dataset=taught_rows(),
             oto_config=OTOConfig(target_sparsity=0.0, pruning_periods=1, distillation_weight=0.5),
-            teacher=tiny_model("BertForMaskedLM", seed=5),
+            teacher_model=tiny_model("BertForMaskedLM", seed=5),
         )
         trainer.train()
         weights = {key: value.detach().clone() for key, value in trainer.model.state_dict().items()}

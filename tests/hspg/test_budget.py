@@ -220,7 +220,7 @@ def runs(draw):
         target_sparsity=draw(st.floats(0, 0.99)),
         target_unit=unit,
         latency_table=table,
-        macs_sequence_length=draw(st.sampled_from([1, 128, 384])),
+        sequence_length=draw(st.sampled_from([1, 128, 384])),
         structures=structures,
         min_heads=draw(st.integers(0, 3)),
         min_neurons=draw(st.integers(0, 20)),

@@ -124,7 +124,7 @@ def reference_step(model, rate, lmbda, epsilon, half_space):
 @NAMES_AND_WAYS
 @pytest.mark.parametrize("epsilon", [0.0, 0.9])
 def test_published_steps_are_those_of_the_plain_loop(name, epsilon, way):
-    config = OTOConfig(target_sparsity=None, lmbda=3.0, epsilon=epsilon, warmup_ratio=0.25)
+    config = OTOConfig(target_sparsity=None, lmbda=3.0, epsilon=epsilon, pruning_start_ratio=0.25)
     model, optimizer = model_and_optimizer(name, config, steps=32, base=torch.optim.SGD, lr=0.03)
     reference = tiny_model(name)
     projected = 0
@@ -150,7 +150,7 @@ def test_published_steps_are_those_of_the_plain_loop(name, epsilon, way):
 
 
 def test_published_zeros_stay_zero_under_momentum_and_weight_decay(way):
-    config = OTOConfig(target_sparsity=None, lmbda=3.0, epsilon=0.9, warmup_ratio=0.1)
+    config = OTOConfig(target_sparsity=None, lmbda=3.0, epsilon=0.9, pruning_start_ratio=0.1)
     model, optimizer = model_and_optimizer(
         "BertForQuestionAnswering", config, base=torch.optim.SGD, lr=0.03, momentum=0.9, weight_decay=0.1
     )
@@ -453,7 +453,7 @@ def test_zeros_come_at_the_periods_end_and_stay(name, base, way):
 
 @pytest.mark.parametrize("published", [False, True])
 def test_what_is_acted_on_in_pieces_is_what_is_acted_on_at_once(published, monkeypatch):
-    options = {"target_sparsity": None, "lmbda": 60.0, "warmup_ratio": 0.2} if published else SMALL
+    options = {"target_sparsity": None, "lmbda": 60.0, "pruning_start_ratio": 0.2} if published else SMALL
     runs = []
     for entries in (2**40, 40):  # a position of a matrix has 32 or 24
         monkeypatch.setattr(devices, "CACHED", entries)
@@ -825,7 +825,7 @@ def test_what_it_cannot_work_with_is_refused():
     with pytest.raises(ValueError, match="cannot be reached"):
         HSPG(torch.optim.AdamW(model.named_parameters()), groups, OTOConfig(target_sparsity=0.95), STEPS)
     with pytest.raises(ValueError, match="Pruning needs at least 1 step"):
-        config = OTOConfig(warmup_ratio=0.5, pruning_end_ratio=0.52, **SMALL)
+        config = OTOConfig(pruning_start_ratio=0.5, pruning_end_ratio=0.52, **SMALL)
         HSPG(torch.optim.AdamW(model.named_parameters()), groups, config, 10)
     for array in partition(model).arrays[::2]:
         zero(model, array, range(4))

@@ -24,7 +24,7 @@ def test_the_default_run():
 
 
 def test_saliency_is_observed_up_to_the_last_selection():
-    schedule = Schedule.from_config(OTOConfig(pruning_periods=2, warmup_ratio=0.1, pruning_end_ratio=0.5), 100)
+    schedule = Schedule.from_config(OTOConfig(pruning_periods=2, pruning_start_ratio=0.1, pruning_end_ratio=0.5), 100)
     assert schedule.boundaries == (10, 30, 50)
     assert [step for step in range(100) if schedule.observed(step, 4, 0.98)] == [2, 6, *range(10, 31, 4)]
     assert [step for step in range(100) if schedule.observed(step, 1, 0.98)] == list(range(31))
@@ -34,7 +34,9 @@ def test_saliency_is_observed_up_to_the_last_selection():
 
 def test_what_a_selection_has_forgotten_is_not_observed():
     """Steps that together weigh less than a hundredth of the running mean: 0.98^228 < 0.01 ≤ 0.98^227."""
-    schedule = Schedule.from_config(OTOConfig(pruning_periods=2, warmup_ratio=0.1, pruning_end_ratio=0.5), 10_000)
+    schedule = Schedule.from_config(
+        OTOConfig(pruning_periods=2, pruning_start_ratio=0.1, pruning_end_ratio=0.5), 10_000
+    )
     observed = [step for step in range(10_000) if schedule.observed(step, 1, 0.98)]
     assert observed == [*range(1000 - 227, 1001), *range(3000 - 227, 3001)]
     assert [step for step in range(10_000) if schedule.observed(step, 1, 0.0)] == [1000, 3000]
@@ -54,7 +56,7 @@ def test_the_share_is_a_cubic_ramp():
 
 
 def test_without_a_target_there_are_two_stages():
-    schedule = Schedule.from_config(OTOConfig(target_sparsity=None, warmup_ratio=0.25), 40)
+    schedule = Schedule.from_config(OTOConfig(target_sparsity=None, pruning_start_ratio=0.25), 40)
     assert [schedule.stage(step) for step in (0, 9, 10, 39)] == ["warmup", "warmup", "half-space", "half-space"]
     assert schedule.periods == 0
 
@@ -69,8 +71,10 @@ def test_a_short_run_has_as_many_periods_as_steps_of_pruning():
     assert Schedule.from_config(OTOConfig(), 22).periods == 10  # 3 … 13: ten periods of one step
     assert Schedule.from_config(OTOConfig(), 20).boundaries == tuple(range(3, 13))
     assert [Schedule.from_config(OTOConfig(), total).boundaries for total in (5, 1)] == [(1, 2, 3), (0, 1)]
-    with pytest.raises(ValueError, match="a run of 3 steps has none between `warmup_ratio`=0.5 and `pruning_end_r"):
-        Schedule.from_config(OTOConfig(warmup_ratio=0.5), 3)
+    with pytest.raises(
+        ValueError, match="a run of 3 steps has none between `pruning_start_ratio`=0.5 and `pruning_end_r"
+    ):
+        Schedule.from_config(OTOConfig(pruning_start_ratio=0.5), 3)
 
 
 @given(
@@ -78,7 +82,7 @@ def test_a_short_run_has_as_many_periods_as_steps_of_pruning():
 )
 def test_every_period_has_a_step_and_an_end(total, warmup, length, periods, target):
     end = min(warmup + length, 1.0)
-    config = OTOConfig(warmup_ratio=warmup, pruning_end_ratio=end, pruning_periods=periods)
+    config = OTOConfig(pruning_start_ratio=warmup, pruning_end_ratio=end, pruning_periods=periods)
     try:
         schedule = Schedule.from_config(config, total)
     except ValueError:

@@ -104,7 +104,7 @@ def go_on(model, optimizer, until):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_other_families_shrink_resume_and_are_pruned_again(name, tmp_path):
-    floors = NEURONS | {"min_neurons": 1, "round_to": 1, "macs_sequence_length": 16}
+    floors = NEURONS | {"min_neurons": 1, "round_to": 1, "sequence_length": 16}
     config = OTOConfig(target_sparsity=0.84, pruning_periods=2, **floors)
     model = tiny_model(name)
     heads = counts(model)[0][0]

@@ -56,7 +56,7 @@ def test_every_output_counts_alike_and_only_tokens_with_a_label():
 
 
 def test_outputs_that_do_not_match_are_refused():
-    with pytest.raises(ValueError, match=r"`teacher` must give the outputs .*end_logits"):
+    with pytest.raises(ValueError, match=r"`teacher_model` must give the outputs .*end_logits"):
         logits_loss({"end_logits": STUDENT}, {"logits": TEACHER}, temperature=2.0)
     with pytest.raises(ValueError, match=r"`logits` of shape \(5, 6\), the model in training of shape \(5, 7\)"):
         logits_loss({"logits": STUDENT}, {"logits": TEACHER[:, 1:]}, temperature=2.0)
@@ -87,9 +87,9 @@ def test_hidden_states_are_matched_block_by_block_over_what_is_no_padding():
 )
 def test_a_teacher_that_does_not_fit_is_refused_before_anything_is_made(teacher, message, tmp_path):
     student = tiny_model(ONE_EACH[0])
-    config = dataclasses.replace(CONFIG, hidden_state_weight=1.0)
+    config = dataclasses.replace(CONFIG, distillation_hidden_weight=1.0)
     with pytest.raises((ValueError, TypeError), match=message):
-        make(tmp_path / "out", model=student, config=config, extra={"teacher": teacher(student)})
+        make(tmp_path / "out", model=student, config=config, extra={"teacher_model": teacher(student)})
     assert not (tmp_path / "out").exists()
 
 
@@ -101,7 +101,7 @@ def test_heads_of_several_kinds_have_no_teacher():
 
 def test_without_weight_a_teacher_changes_nothing(tmp_path):
     config = dataclasses.replace(CONFIG, distillation_weight=0.0)
-    taught = make(tmp_path, config=config, extra={"teacher": tiny_model(ONE_EACH[0], seed=5)})
+    taught = make(tmp_path, config=config, extra={"teacher_model": tiny_model(ONE_EACH[0], seed=5)})
     taught.train()
     plain = make(tmp_path)
     plain.train()
@@ -115,15 +115,15 @@ def test_from_a_teacher_alone_the_model_learns_what_it_says(name, tmp_path):
     teacher.save_pretrained(tmp_path / "teacher")
     folder = tmp_path / "teacher" if name == ONE_EACH[0] else str(tmp_path / "teacher")
     config = OTOConfig(target_sparsity=0.2, distillation_weight=1.0, min_neurons=4, round_to=4)
-    trainer = make(tmp_path / "out", name, config=config, extra={"teacher": folder}, max_steps=200)
-    assert not trainer.teacher.training
-    before = copy.deepcopy(trainer.teacher)
+    trainer = make(tmp_path / "out", name, config=config, extra={"teacher_model": folder}, max_steps=200)
+    assert not trainer.teacher_model.training
+    before = copy.deepcopy(trainer.teacher_model)
 
     def distance():
         trainer.model.eval()
         with torch.no_grad():
             found = [
-                logits_loss(trainer.model(**inputs), trainer.teacher(**inputs), temperature=2.0)
+                logits_loss(trainer.model(**inputs), trainer.teacher_model(**inputs), temperature=2.0)
                 for inputs in (question_batch(trainer.model, seed) for seed in range(4))
             ]
         return float(torch.stack(found).mean())
@@ -131,19 +131,19 @@ def test_from_a_teacher_alone_the_model_learns_what_it_says(name, tmp_path):
     at_first = distance()
     trainer.train()
     assert distance() < 0.5 * at_first
-    assert same_weights(trainer.teacher, before)
+    assert same_weights(trainer.teacher_model, before)
     assert counts(trainer.compressed_model()) != counts(trainer.model)
     loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "teacher").eval()
-    assert same_weights(loaded, trainer.teacher)
+    assert same_weights(loaded, trainer.teacher_model)
 
 
 def test_the_loss_is_the_weighted_sum(tmp_path):
     config = dataclasses.replace(
-        CONFIG, distillation_weight=0.7, distillation_temperature=3.0, hidden_state_weight=0.2
+        CONFIG, distillation_weight=0.7, distillation_temperature=3.0, distillation_hidden_weight=0.2
     )
     student = tiny_model(ONE_EACH[0], hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     teacher = tiny_model(ONE_EACH[0], seed=5)
-    trainer = make(tmp_path, model=student, config=config, extra={"teacher": teacher})
+    trainer = make(tmp_path, model=student, config=config, extra={"teacher_model": teacher})
     inputs = question_batch(student)
     with torch.no_grad():
         own = student(**inputs, output_hidden_states=True)
@@ -162,7 +162,7 @@ def test_a_pruned_model_of_another_family_may_teach(tmp_path):
     """DistilBERT takes no segments, and a pruned model is one like others."""
     teacher = compress(tiny_model("DistilBertForQuestionAnswering"))
     data = [{**row, "token_type_ids": torch.zeros(13, dtype=torch.long)} for row in DATA]
-    trainer = make(tmp_path, extra={"teacher": teacher})
+    trainer = make(tmp_path, extra={"teacher_model": teacher})
     trainer.train_dataset = data
     trainer.train()
     assert trainer.hspg.target_reached
@@ -200,13 +200,13 @@ def distil(student, teacher, inputs, **options):
 def test_every_head_learns_until_it_says_what_its_teacher_says(name):
     student, teacher = tiny_model(name), tiny_model(name, seed=5)
     inputs = labelled(student)
-    loss, items = distil(student, teacher, inputs, hidden_state_weight=1.0)
+    loss, items = distil(student, teacher, inputs, distillation_hidden_weight=1.0)
     assert loss > 0.01 and 1 <= items <= 3 * 100
     loss.backward()
     arrays = partition(student).arrays
     owned = dict(student.named_parameters())
     assert all(owned[array.members[0][0]].grad.abs().max() > 0 for array in arrays)
-    loss, _ = distil(copy.deepcopy(teacher), teacher, inputs, hidden_state_weight=1.0)
+    loss, _ = distil(copy.deepcopy(teacher), teacher, inputs, distillation_hidden_weight=1.0)
     assert loss.abs() < 1e-6
 
 
@@ -225,7 +225,7 @@ def test_frames_of_padding_count_for_nothing(name):
     with torch.no_grad():
         ours, theirs = student(**inputs, **states), teacher(**inputs, **states)
         taught, items = distil(student, teacher, inputs, distillation_weight=1.0)
-        hidden, _ = distil(student, teacher, inputs, distillation_weight=0.0, hidden_state_weight=1.0)
+        hidden, _ = distil(student, teacher, inputs, distillation_weight=0.0, distillation_hidden_weight=1.0)
     assert frames[0] < ours.logits.shape[1] == frames[1]
     real = torch.arange(ours.logits.shape[1]) < frames[:, None]
     assert items == real.sum()
@@ -242,7 +242,7 @@ def test_choices_are_sequences_of_their_own():
     assert lengths.min() < lengths.max()
     with torch.no_grad():
         ours, theirs = student(**inputs, **states), teacher(**inputs, **states)
-        hidden, _ = distil(student, teacher, inputs, distillation_weight=0.0, hidden_state_weight=1.0)
+        hidden, _ = distil(student, teacher, inputs, distillation_weight=0.0, distillation_hidden_weight=1.0)
     blocks = zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True)
     torch.testing.assert_close(hidden, torch.stack([by_hand(*block, lengths) for block in blocks]).mean())
 
@@ -304,7 +304,7 @@ def test_other_classes_are_refused_with_both_orders(tmp_path):
         r"must have the classes .*\['positive', 'negative', 'neutral'\] for \['entailment', 'neutral', 'contradic"
     )
     with pytest.raises(ValueError, match=message):
-        make(tmp_path / "out", model=classifier(name, GLUE), extra={"teacher": classifier(name, others)})
+        make(tmp_path / "out", model=classifier(name, GLUE), extra={"teacher_model": classifier(name, others)})
     assert not (tmp_path / "out").exists()
 
 

@@ -425,7 +425,7 @@ def test_gradients_that_are_no_numbers_stop_a_run_with_a_finite_loss(tmp_path):
 
 
 def test_a_search_over_settings_of_the_compression(tmp_path):
-    space = {"target_sparsity": [0.2, 0.5], "warmup_ratio": [0.2, 0.3], "learning_rate": [1e-3]}
+    space = {"target_sparsity": [0.2, 0.5], "pruning_start_ratio": [0.2, 0.3], "learning_rate": [1e-3]}
     trainer = OTOTrainer(
         args=arguments(tmp_path, eval_strategy="steps", eval_steps=8, **SAVING),
         model_init=lambda: tiny_model(ONE_EACH[0]),
@@ -448,7 +448,7 @@ def test_a_search_over_settings_of_the_compression(tmp_path):
         log = json.loads((run / "checkpoint-24" / "trainer_state.json").read_text())["log_history"]
         removed = [entry["removed_params"] for entry in log if "removed_params" in entry][-1]
         assert config.target_sparsity - 0.06 < removed <= config.target_sparsity
-        found.add((config.target_sparsity, config.warmup_ratio))
+        found.add((config.target_sparsity, config.pruning_start_ratio))
     assert found == {(target, warmup) for target in (0.2, 0.5) for warmup in (0.2, 0.3)}
 
 

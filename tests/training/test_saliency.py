@@ -40,7 +40,9 @@ def test_an_epochs_last_step_counts_as_the_others_do(rows, options, tmp_path, mo
     trainer = OTOTrainer(
         model=model,
         args=arguments(tmp_path, num_train_epochs=8, max_steps=-1, learning_rate=0.0, save_strategy="no", **options),
-        oto_config=OTOConfig(min_neurons=4, round_to=4, warmup_ratio=0.9, pruning_end_ratio=0.98, pruning_periods=1),
+        oto_config=OTOConfig(
+            min_neurons=4, round_to=4, pruning_start_ratio=0.9, pruning_end_ratio=0.98, pruning_periods=1
+        ),
         train_dataset=ROWS[:rows],
     )
     trainer.train()

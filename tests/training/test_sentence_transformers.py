@@ -247,7 +247,7 @@ def test_what_goes_wrong_when_the_best_model_is_loaded_is_raised(tmp_path, monke
 def test_what_cannot_be_pruned_or_taught_is_refused(tmp_path):
     model = embedder(tmp_path / "encoder")
     with pytest.raises(ValueError, match="MSELoss"):
-        make(tmp_path / "run", model, scored(), losses.CoSENTLoss(model), extra={"teacher": model})
+        make(tmp_path / "run", model, scored(), losses.CoSENTLoss(model), extra={"teacher_model": model})
     assert not (tmp_path / "run").exists()
     towers = Router.for_query_document(list(embedder(tmp_path / "a"))[:2], list(embedder(tmp_path / "b"))[:2])
     both = SentenceTransformer(modules=[towers], device="cpu")

@@ -106,7 +106,7 @@ def moved_by_one_step(folder, name, rows, micro_steps, weight=0.5, **options):
             **options,
         ),
         oto_config=OTOConfig(target_sparsity=0.0, pruning_periods=1, distillation_weight=weight),
-        teacher=tiny_model(name, seed=5, **ACCUMULATED[name]),
+        teacher_model=tiny_model(name, seed=5, **ACCUMULATED[name]),
         train_dataset=rows,
         data_collator=collate,
     )
@@ -133,7 +133,7 @@ def test_a_step_is_that_of_one_batch_however_many_micro_steps_it_has(name, micro
     """Also where these have unequal numbers of labels: each label counts alike, for the own loss and the teacher's."""
     rows = rows_for(tiny_model(name), 16)
     start, trainer = moved_by_one_step(tmp_path, name, rows, micro_steps)
-    loss = expected_loss(start, trainer.teacher, rows, 0.5)
+    loss = expected_loss(start, trainer.teacher_model, rows, 0.5)
     assert_moved_as(start, trainer, loss)
     assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(loss.item(), rel=1e-4)
 
@@ -143,7 +143,7 @@ def test_a_step_is_that_of_one_batch_however_many_micro_steps_it_has(name, micro
 def test_smoothed_labels_are_mixed_with_the_teacher_in_the_same_way(name, micro_steps, tmp_path):
     rows = token_rows(16)
     start, trainer = moved_by_one_step(tmp_path, name, rows, micro_steps, label_smoothing_factor=0.1)
-    assert_moved_as(start, trainer, expected_loss(start, trainer.teacher, rows, 0.5, smoothing=0.1))
+    assert_moved_as(start, trainer, expected_loss(start, trainer.teacher_model, rows, 0.5, smoothing=0.1))
 
 
 def test_a_micro_step_without_labels_counts_for_nothing(tmp_path):
@@ -151,7 +151,7 @@ def test_a_micro_step_without_labels_counts_for_nothing(tmp_path):
     for row in rows[:4]:
         row["labels"] = [-100] * len(row["labels"])
     start, trainer = moved_by_one_step(tmp_path, "LlamaForCausalLM", rows, 4, train_sampling_strategy="sequential")
-    assert_moved_as(start, trainer, expected_loss(start, trainer.teacher, rows, 0.5))
+    assert_moved_as(start, trainer, expected_loss(start, trainer.teacher_model, rows, 0.5))
 
 
 # What the teacher reads.
@@ -184,13 +184,13 @@ def taught_on_pairs(folder, rows, kind=OTOTrainer, **options):
         model=tiny_model("DistilBertForSequenceClassification"),
         args=arguments(folder, max_steps=24, eval_strategy="steps", eval_steps=12, **options),
         oto_config=CONFIG,
-        teacher=tiny_model("BertForSequenceClassification", seed=5),
+        teacher_model=tiny_model("BertForSequenceClassification", seed=5),
         train_dataset=rows,
         eval_dataset=rows,
         data_collator=PaddingPairs(),
     )
     seen = {"teacher": [], "student": []}
-    for name, model in (("teacher", trainer.teacher), ("student", trainer.model)):
+    for name, model in (("teacher", trainer.teacher_model), ("student", trainer.model)):
         model.register_forward_pre_hook(lambda _, args, kwargs, name=name: seen[name].append(kwargs), with_kwargs=True)
     trainer.train()
     return trainer, seen
@@ -254,10 +254,10 @@ class AddedLoss(OTOTrainer):
 
 @pytest.mark.parametrize("kind", [OwnLoss, OtherFirst])
 def test_a_loss_that_leaves_the_teacher_out_stops_the_first_step(kind, tmp_path):
-    trainer = make(tmp_path, kind=kind, extra={"teacher": tiny_model(ONE_EACH[0], seed=5)})
+    trainer = make(tmp_path, kind=kind, extra={"teacher_model": tiny_model(ONE_EACH[0], seed=5)})
     start = copy.deepcopy(trainer.model)
     with pytest.raises(
-        ValueError, match=rf"`teacher` was not asked: a `compute_loss` of {kind.__name__} .*`super\(\)"
+        ValueError, match=rf"`teacher_model` was not asked: a `compute_loss` of {kind.__name__} .*`super\(\)"
     ):
         trainer.train()
     assert trainer.state.global_step == 0 and same_weights(trainer.model, start)
@@ -266,8 +266,8 @@ def test_a_loss_that_leaves_the_teacher_out_stops_the_first_step(kind, tmp_path)
 @pytest.mark.parametrize("kind", [AddedLoss, OtherLast])
 def test_a_loss_that_calls_the_trainers_has_the_teacher_in_it(kind, tmp_path):
     teacher = tiny_model(ONE_EACH[0], seed=5)
-    trainer = make(tmp_path, kind=kind, extra={"teacher": teacher})
-    plain = make(tmp_path, model=trainer.model, extra={"teacher": teacher})
+    trainer = make(tmp_path, kind=kind, extra={"teacher_model": teacher})
+    plain = make(tmp_path, model=trainer.model, extra={"teacher_model": teacher})
     inputs = question_batch(trainer.model)
     torch.manual_seed(0)
     expected = plain.compute_loss(trainer.model.train(), dict(inputs))
@@ -280,7 +280,7 @@ def test_a_loss_that_calls_the_trainers_has_the_teacher_in_it(kind, tmp_path):
 
 def test_without_the_teachers_weights_its_absence_is_nothing_to_say(tmp_path):
     config = dataclasses.replace(CONFIG, distillation_weight=0.0)
-    trainer = make(tmp_path, kind=OwnLoss, config=config, extra={"teacher": tiny_model(ONE_EACH[0], seed=5)})
+    trainer = make(tmp_path, kind=OwnLoss, config=config, extra={"teacher_model": tiny_model(ONE_EACH[0], seed=5)})
     trainer.train()
     assert trainer.hspg.target_reached
 
@@ -311,7 +311,7 @@ def test_beside_a_loss_function_the_kind_of_problem_is_told_from_the_labels(clas
         tmp_path,
         model=tiny_model("BertForSequenceClassification", **options),
         config=config,
-        extra={"teacher": teacher, "compute_loss_func": binary},
+        extra={"teacher_model": teacher, "compute_loss_func": binary},
     )
     inputs = training_batch(trainer.model) | {"labels": labels}
     loss = trainer.compute_loss(trainer.model.train(), dict(inputs))
@@ -329,7 +329,7 @@ def test_a_speech_loss_that_sums_is_taught_by_a_sum(reduction, tmp_path):
     options = dict.fromkeys((f"{kind}_dropout" for kind in kinds), 0.0)
     student, teacher = (tiny_model("Wav2Vec2ForCTC", seed=n, ctc_loss_reduction=reduction, **options) for n in (0, 5))
     config = dataclasses.replace(CONFIG, distillation_weight=0.75)
-    trainer = make(tmp_path, model=student, config=config, extra={"teacher": teacher})
+    trainer = make(tmp_path, model=student, config=config, extra={"teacher_model": teacher})
     inputs = training_batch(student)
     loss = trainer.compute_loss(student.train(), dict(inputs), num_items_in_batch=torch.tensor(36))  # of 9 here
     student.eval()

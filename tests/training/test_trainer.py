@@ -301,7 +301,7 @@ def test_the_best_model_is_one_at_the_target(tmp_path):
 
 
 def test_as_published_without_a_target(tmp_path):
-    config = OTOConfig(target_sparsity=None, lmbda=1.0, epsilon=0.9, warmup_ratio=0.2)
+    config = OTOConfig(target_sparsity=None, lmbda=1.0, epsilon=0.9, pruning_start_ratio=0.2)
     trainer = make(tmp_path, config=config, optim="sgd", learning_rate=0.05, lr_scheduler_type="constant")
     trainer.train()
     assert trainer.hspg.stage == "half-space"
@@ -519,7 +519,7 @@ def test_a_config_of_another_kind_is_refused(tmp_path):
 
 
 def test_a_run_without_a_step_to_prune_in_is_refused_before_its_first(tmp_path):
-    config = OTOConfig(warmup_ratio=0.5, pruning_end_ratio=0.6)
+    config = OTOConfig(pruning_start_ratio=0.5, pruning_end_ratio=0.6)
     trainer = make(tmp_path / "run", config=config, max_steps=3)
     before = [parameter.clone() for parameter in trainer.model.parameters()]
     with pytest.raises(ValueError, match="Pruning needs at least 1 step, but a run of 3 steps has none between"):

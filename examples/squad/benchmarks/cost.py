@@ -53,7 +53,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60, help="Of each training.")
     parser.add_argument("--run_steps", type=int, default=11_000, help="Of the run that mean steps are of.")
     parser.add_argument("--batch_size", type=int, default=16, help="Sequences of a step.")
-    parser.add_argument("--length", type=int, default=384, help="Tokens of a sequence.")
+    parser.add_argument("--sequence_length", type=int, default=384, help="Tokens of a sequence.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where it runs.")
     parser.add_argument(
         "--bf16", action=argparse.BooleanOptionalAction, help="Train under autocast; by default if made for it."
@@ -160,7 +160,7 @@ def whole_runs(options: argparse.Namespace, target: float) -> dict[str, float]:
             shrink(model, optimizer)
 
     for number in range(options.steps):
-        inputs = batch(options.batch_size, options.length, options.device)
+        inputs = batch(options.batch_size, options.sequence_length, options.device)
         warmup = pruning.stage == "warmup"
         pair = [(models[0], base), (models[1], pruning)]
         order = (0, 1) if number % 2 else (1, 0)  # the second finds the caches as the first left them
@@ -198,7 +198,7 @@ def taught_step(options: argparse.Namespace) -> float:
 
     ratios = []
     for number in range(max(4, options.steps // 6)):
-        inputs = batch(options.batch_size, options.length, options.device)
+        inputs = batch(options.batch_size, options.sequence_length, options.device)
         order = (True, False) if number % 2 else (False, True)
         times = {
             learns: seconds(lambda own=learns, given=inputs: step(given, own), options.device) for learns in order

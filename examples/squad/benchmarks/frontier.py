@@ -54,7 +54,7 @@ DISTILLED = {f"{name}+teacher": f"{METHODS[name]}, with a teacher" for name in (
 
 # What won in long runs at every size (docs/experiments.md): the teacher is as wide as the student, and may be learnt
 # from by its hidden states; and the learning rate stays at its peak until the target is reached.
-TAUGHT_OPTIONS = ["--hidden_state_weight", "10", "--lr_scheduler_type", "warmup_stable_decay"]
+TAUGHT_OPTIONS = ["--distillation_hidden_weight", "10", "--lr_scheduler_type", "warmup_stable_decay"]
 
 
 @dataclass(frozen=True)
@@ -196,14 +196,14 @@ class Frontier:
             options += ["--compress", "--target_sparsity", str(run.target), "--shrink_during_training", "true"]
             options += ["--saliency", method] if method != "hspg" else []
             if taught:  # it goes on from what it would have to learn again, with its groups' saliency known at once
-                options += ["--model_name_or_path", str(self._dense(run.seed)), "--warmup_ratio", "0.05"]
+                options += ["--model_name_or_path", str(self._dense(run.seed)), "--pruning_start_ratio", "0.05"]
         elif method == "published":
             options += ["--compress", "--target_sparsity", "none", "--lmbda", str(self._lmbda(run, options))]
         elif method == "layers":
             options += ["--model_name_or_path", str(self._with_first_blocks(run, options))]
             options += ["--compress", "--target_sparsity", "0"] if taught else []
         if taught:
-            options += ["--teacher_name_or_path", str(self._dense(run.seed)), *TAUGHT_OPTIONS]
+            options += ["--teacher_model_name_or_path", str(self._dense(run.seed)), *TAUGHT_OPTIONS]
         return self._call(run, options)
 
     def _dense(self, seed: int) -> Path:
@@ -265,7 +265,7 @@ def norms_and_costs(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]
 
 def cut(model: PreTrainedModel, config: OTOConfig) -> PreTrainedModel:
     """The model without the groups that a config selects at once: one step of HSPG that moves nothing else."""
-    config = replace(config, warmup_ratio=0, pruning_end_ratio=1, pruning_periods=1)
+    config = replace(config, pruning_start_ratio=0, pruning_end_ratio=1, pruning_periods=1)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     HSPG(torch.optim.SGD(model.named_parameters(), lr=0.0), partition(model), config, total_steps=1).step()

@@ -467,7 +467,7 @@ def latency(options: Options, deadline: float) -> None:
                 if backend == "compile" and (share > 0.5 or deadline - time.monotonic() < 25):
                     continue  # half a minute for two models
                 with guarded(options, "latency", **what):
-                    options_ = {"backends": [backend], "batch_sizes": [batch], "lengths": [length]}
+                    options_ = {"backends": [backend], "batch_sizes": [batch], "sequence_lengths": [length]}
                     for one in measure(dense, small, **options_, repeats=10, warmup=2):
                         found = {"dense": one.dense.median, "pruned": one.pruned.median, "ratio": one.latency_ratio}
                         write(options, part="latency", **what, method=one.method, **found, macs=one.macs_ratio)

@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="mini", help="Of the model.")
     parser.add_argument("--targets", nargs="+", type=float, default=[0.3, 0.5, 0.7], help="Shares of the time to go.")
     parser.add_argument("--batch_size", type=int, default=1, help="Sequences of a forward.")
-    parser.add_argument("--length", type=int, default=128, help="Tokens of a sequence.")
+    parser.add_argument("--sequence_length", type=int, default=128, help="Tokens of a sequence.")
     parser.add_argument("--threads", type=int, default=1, help="Of one operation.")
     parser.add_argument("--repeats", type=int, default=15, help="Forwards that count, of the table and of each pair.")
     parser.add_argument(
@@ -45,7 +45,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def removed_time(dense: PreTrainedModel, pruned: list[PreTrainedModel], options: argparse.Namespace) -> list[float]:
     """Share of the dense model's time that each pruned one does not take. All of them take turns."""
     clock: Callable[[], int] = time.thread_time_ns if options.cpu_time else time.perf_counter_ns
-    inputs: dict[str, Any] = {"input_ids": torch.randint(1000, 30000, (options.batch_size, options.length))}
+    inputs: dict[str, Any] = {"input_ids": torch.randint(1000, 30000, (options.batch_size, options.sequence_length))}
     models = [dense, *pruned]
     shares: list[list[float]] = [[] for _ in pruned]
     for repeat in range(-2, options.repeats):
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     table = measure_latency(
         model,
         batch_size=options.batch_size,
-        length=options.length,
+        sequence_length=options.sequence_length,
         threads=options.threads,
         repeats=options.repeats,
         cpu_time=options.cpu_time,

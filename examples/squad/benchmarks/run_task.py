@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the example's own modules
 
-from arguments import CompressionArguments, ModelArguments
+from arguments import CompressionArguments, ModelArguments, refuse_old_names
 from outputs import Results, check_output_dir, progress_bars
 from price import PriceMixin
 from run_squad import load_model, size
@@ -53,6 +53,7 @@ class TaskOTOTrainer(PriceMixin, OTOTrainer):
 def parse(
     arguments: list[str] | None = None,
 ) -> tuple[ModelArguments, TaskArguments, CompressionArguments, TrainingArguments]:
+    refuse_old_names(sys.argv[1:] if arguments is None else arguments)
     kinds = (ModelArguments, TaskArguments, CompressionArguments, TrainingArguments)
     return HfArgumentParser(kinds).parse_args_into_dataclasses(arguments, look_for_args_file=False)
 
@@ -130,7 +131,7 @@ def run(
         "data_collator": collator(task, tokenizer),
         "compute_metrics": lambda output: {"score": task.score(output.predictions, output.label_ids, names)},
     }
-    extra = {} if config is None else {"oto_config": config, "teacher": compression.teacher_name_or_path}
+    extra = {} if config is None else {"oto_config": config, "teacher_model": compression.teacher_model_name_or_path}
     results = Results(training.output_dir, enabled=training.should_save)
     trainer: Any = TaskTrainer(model=model, **common)
     if training.do_train:

@@ -77,7 +77,7 @@ def steps(size: str, repeats: int) -> dict[str, float]:
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) * 1e-3
     inner = AdamW(model.named_parameters(), lr=1e-4, fused=True)
-    config = OTOConfig(warmup_ratio=0)  # the first period, in which most groups go
+    config = OTOConfig(pruning_start_ratio=0)  # the first period, in which most groups go
     pruning = HSPG(inner, partition(model), config, total_steps=1000)
     pruning.step()
     times = [(seconds(inner.step, "cpu"), seconds(pruning.step, "cpu")) for _ in range(repeats)]

@@ -33,7 +33,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--round_to", nargs="+", type=int, default=[8], help="What FFN widths are a multiple of.")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="What runs them.")
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 8, 32], help="Sequences.")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[128, 384], help="Tokens of a sequence.")
+    parser.add_argument("--sequence_lengths", nargs="+", type=int, default=[128, 384], help="Tokens of a sequence.")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="Of one operation.")
     parser.add_argument("--repeats", type=int, default=15, help="Medians are of so many runs of each model.")
     parser.add_argument("--output", type=Path, default=Path("build/speed.json"), help="The numbers.")
@@ -51,9 +51,11 @@ def result_table(lines: list[dict[str, Any]]) -> Table:
     table = Table(title="Latency, dense over pruned, and its share of the MACs' ratio")
     for column in ("target", "round_to", "backend", "length", "MACs", "latency", "of the limit", "worst"):
         table.add_column(column, justify="left" if column == "backend" else "right")
-    keys = list(dict.fromkeys((one["target"], one["round_to"], one["backend"], one["length"]) for one in lines))
+    keys = list(
+        dict.fromkeys((one["target"], one["round_to"], one["backend"], one["sequence_length"]) for one in lines)
+    )
     for key in keys:
-        own = [one for one in lines if (one["target"], one["round_to"], one["backend"], one["length"]) == key]
+        own = [one for one in lines if (one["target"], one["round_to"], one["backend"], one["sequence_length"]) == key]
         shares = [one["of_limit"] for one in own]
         latency, share = statistics.median(one["latency_ratio"] for one in own), statistics.median(shares)
         target, round_to, backend, length = key
@@ -77,7 +79,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
                     pruned,
                     backends=options.backends,
                     batch_sizes=options.batch_sizes,
-                    lengths=options.lengths,
+                    sequence_lengths=options.sequence_lengths,
                     threads=threads,
                     repeats=options.repeats,
                 )
