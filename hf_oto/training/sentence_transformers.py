@@ -136,8 +136,8 @@ class _PruningTrainer(OTOTrainer):
             summarize(self._part(), sequence_length=config.sequence_length, latency_table=config.latency_table),
             repo_id=repo_id,
             loading=f"from sentence_transformers import {self.loading_class}\n\n"
-            f'model = {self.loading_class}("{repo_id}"{"" if config.uniform else ", trust_remote_code=True"})',
-            plain=config.uniform,
+            f'model = {self.loading_class}("{repo_id}"{"" if self._is_plain else ", trust_remote_code=True"})',
+            plain=self._is_plain,
             pictures=drawn if importlib.util.find_spec("matplotlib") else (),
             scores=logged[-1] if logged else None,
             dense_scores=dense_scores,

@@ -42,6 +42,7 @@ def complete_card(
     log_history: Sequence[Mapping[str, Any]],
     *,
     repo_id: str,
+    plain: bool,
     said: Mapping[str, Any],
     dense_scores: Mapping[str, float] | None,
 ) -> None:
@@ -54,6 +55,7 @@ def complete_card(
         config ([`OTOConfig`]): The run's settings.
         log_history (`Sequence[Mapping[str, Any]]`): What the run has logged.
         repo_id (`str`): From where the card tells to load the model.
+        plain (`bool`): Whether it is of its family's own class, and needs no code.
         said (`Mapping[str, Any]`): Arguments of [`Trainer.create_model_card`].
         dense_scores (`Mapping[str, float]`, *optional*): Metrics of the dense model.
     """
@@ -65,7 +67,7 @@ def complete_card(
         summary,
         repo_id=repo_id,
         auto_class=auto_class_of(model),
-        plain=config.uniform,
+        plain=plain,
         pictures=tuple(drawn),
         scores=logged[-1] if logged else None,
         dense_scores=dense_scores,

@@ -124,8 +124,14 @@ class OTOTrainer(PruningTrainer, CheckpointingTrainer):
         model = gather(part) if is_sharded(part) else part
         if model is None:
             return None
-        plain = self.oto_config.uniform and self._at_target
-        return compress(model, plain=plain, show_progress=not self.args.disable_tqdm and self.is_world_process_zero())
+        return compress(
+            model, plain=self._is_plain, show_progress=not self.args.disable_tqdm and self.is_world_process_zero()
+        )
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether the small model is of its family's own class: on the way to the target its blocks may differ."""
+        return self.oto_config.uniform and self._at_target
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
@@ -217,6 +223,7 @@ class OTOTrainer(PruningTrainer, CheckpointingTrainer):
                 self.oto_config,
                 self.state.log_history,
                 repo_id=self.hub_model_id or self._output_dir,
+                plain=self._is_plain,
                 said=inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments,
                 dense_scores=dense_metrics,
             )

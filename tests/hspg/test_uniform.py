@@ -23,7 +23,7 @@ from families import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from short_runs import make
+from short_runs import StopAt, make
 
 from hf_oto import HSPG, OTOConfig, compress, partition, shrink
 from hf_oto.hspg.budget import check_target, dense_cost, reach, removed_cost, select_uniformly, uniform_cuts
@@ -162,6 +162,25 @@ def test_a_shrunk_run_resumes_and_ends_in_the_same_form(tmp_path):
     )
     assert type(first).__name__ == type(second).__name__ == "BertForQuestionAnswering"
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_the_card_and_the_pictures_are_of_what_is_saved(tmp_path):
+    """A model that stopped on the way to its target is of the pruned class still."""
+    pytest.importorskip("matplotlib")
+    config = OTOConfig(target_sparsity=0.4, pruning_periods=3, **NEURONS)
+    for stop, trusting, kind in ((10, ", trust_remote_code=True", "OTOBert"), (24, "", "Bert")):
+        folder = tmp_path / str(stop)
+        trainer = make(folder, config=config, extra={"callbacks": [StopAt(stop)]})
+        trainer.train()
+        trainer.save_model()
+        trainer.create_model_card()
+        card = (folder / "README.md").read_text()
+        assert f'from_pretrained("{folder}"{trusting})' in card
+        assert ("needs no code of its own" in card) == (kind == "Bert")
+        assert json.loads((folder / "config.json").read_text())["architectures"] == [f"{kind}ForQuestionAnswering"]
+        for name in ("layers.png", "layers.svg", "run.png", "run.svg"):
+            assert (folder / name).stat().st_size > 1000 and (f"({name})" in card) == name.endswith("png")
+    assert " ".join(card.split()).count("| 16 | 24 |") == 3  # neurons of every layer
 
 
 def test_heads_go_where_a_config_has_a_head_size():

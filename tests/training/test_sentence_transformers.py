@@ -1,5 +1,6 @@
 """The trainers of sentence-transformers with HSPG inside: losses, kinds of models, what is saved and resumed."""
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -314,6 +315,20 @@ def test_the_card_tells_of_the_compression_and_keeps_it_with_the_next_save(tmp_p
         assert card.text.index("## Compression") < card.text.index("## Training Details")
         assert 'SentenceTransformer("' in card.text.partition("## How to load it")[2]
         assert {"hf-oto", "pruned", "sentence-transformers"} <= set(card.data.tags)
+
+
+def test_equal_blocks_make_a_model_that_needs_no_code(tmp_path):
+    model = embedder(tmp_path / "encoder")
+    config = dataclasses.replace(CONFIG, uniform=True, structures=("neurons",))
+    trainer = make(tmp_path / "run", model, scored(), losses.CoSENTLoss(model), config)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "small"))
+    assert not list((tmp_path / "small").rglob("*.py"))
+    assert 'SentenceTransformer("' in (card := (tmp_path / "small" / "README.md").read_text())
+    assert "trust_remote_code" not in card
+    small = SentenceTransformer(str(tmp_path / "small"), device="cpu")
+    assert type(small.transformers_model).__name__ == "BertModel"
+    assert np.abs(small.encode(QUESTIONS[:8]) - model.encode(QUESTIONS[:8])).max() < 1e-5
 
 
 @pytest.mark.slow
