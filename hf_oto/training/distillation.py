@@ -134,8 +134,8 @@ def load_teacher(
         hidden_states (`bool`): Whether hidden states are to be matched, which then have to be of one size.
 
     Raises:
-        `ValueError`: The teacher does another task, reads other tokens, predicts other classes, or has hidden states
-            of another size.
+        `ValueError`: The teacher does another task, reads other tokens, predicts other classes, has hidden states of
+            another size, or is a model of sentence-transformers.
         `TypeError`: It is no Transformers model.
     """
     task = task_of(student)
@@ -146,6 +146,12 @@ def load_teacher(
                 f"`teacher_model`={teacher!r} cannot be loaded for {type(student).__name__}: pass a model."
             )
         teacher = cast(PreTrainedModel, loader.from_pretrained(teacher))
+    if any(cls.__module__.startswith("sentence_transformers.") for cls in type(teacher).__mro__):
+        raise ValueError(
+            f"`teacher_model` must have the outputs of the model in training, got a {type(teacher).__name__}, which "
+            f"gives embeddings or scores. Learn these as labels: `OTOSentenceTransformerTrainer` with `MSELoss` or "
+            f"`EmbedDistillLoss` of `teacher.encode(texts)`; `OTOCrossEncoderTrainer` with its `MSELoss` of scores."
+        )
     if not isinstance(teacher, PreTrainedModel):
         raise TypeError(
             f"`teacher_model` must be a Transformers model, a folder or a Hub id, got {type(teacher).__name__}."

@@ -47,6 +47,7 @@ from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimil
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding
 from sentence_transformers.sparse_encoder import losses as sparse_losses
 from short_runs import StopAt
+from short_runs import make as make_short
 
 from hf_oto import summarize
 from hf_oto.deploy import pooling as onnx_pooling
@@ -258,6 +259,16 @@ def test_what_cannot_be_pruned_or_taught_is_refused(tmp_path):
     static = SentenceTransformer(modules=[StaticEmbedding(model.tokenizer, embedding_dim=8)], device="cpu")
     with pytest.raises(ValueError, match="`model`"):
         make(tmp_path / "run", static, pairs(), losses.MultipleNegativesRankingLoss(static))
+
+
+@pytest.mark.parametrize("kind", [embedder, reranker])
+def test_embeddings_are_no_outputs_of_a_teacher(kind, tmp_path):
+    teacher = kind(tmp_path / "encoder")
+    with pytest.raises(
+        ValueError, match=rf"`teacher_model`.* {type(teacher).__name__}.*`OTOSentenceTransformerTrainer"
+    ):
+        make_short(tmp_path / "run", extra={"teacher_model": teacher})
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_a_target_it_trains_as_upstream_does(tmp_path):
