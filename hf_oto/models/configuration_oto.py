@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -76,18 +77,29 @@ _BERT = BlockSpec(
 
 _ROBERTA = replace(_BERT, positions_after_padding=True)
 
-_WAV2VEC2 = BlockSpec(
-    blocks="encoder.layers",
+_VIT = BlockSpec(
+    blocks="layers",
     attention="attention",
     query="attention.q_proj",
     key="attention.k_proj",
     value="attention.v_proj",
+    attention_out="attention.o_proj",
+    neurons_in="mlp.fc1",
+    neurons_out="mlp.fc2",
+    activation="mlp.activation_fn",
+    query_bias="qkv_bias",
+    refused=(),
+)
+
+_WAV2VEC2 = replace(
+    _VIT,
+    blocks="encoder.layers",
     attention_out="attention.out_proj",
     neurons_in="feed_forward.intermediate_dense",
     neurons_out="feed_forward.output_dense",
     activation="feed_forward.intermediate_act_fn",
+    query_bias=True,
     embeddings="feature_extractor",
-    refused=(),
 )
 
 _LLAMA = BlockSpec(
@@ -133,14 +145,13 @@ BLOCK_SPECS: dict[str, BlockSpec] = {
     "camembert": _ROBERTA,
     "bert-generation": _BERT,
     "mpnet": replace(
-        _BERT,
+        _ROBERTA,
         attention="attention.attn",
         query="attention.attn.q",
         key="attention.attn.k",
         value="attention.attn.v",
         attention_out="attention.attn.o",
         position_bias=True,
-        positions_after_padding=True,
         refused=(),
     ),
     "esm": replace(_ROBERTA, activation=None),
@@ -168,19 +179,7 @@ BLOCK_SPECS: dict[str, BlockSpec] = {
         positions=(("attention.self.pos_key_proj", "c2p"), ("attention.self.pos_query_proj", "p2c")),
         refused=(),
     ),
-    "vit": BlockSpec(
-        blocks="layers",
-        attention="attention",
-        query="attention.q_proj",
-        key="attention.k_proj",
-        value="attention.v_proj",
-        attention_out="attention.o_proj",
-        neurons_in="mlp.fc1",
-        neurons_out="mlp.fc2",
-        activation="mlp.activation_fn",
-        query_bias="qkv_bias",
-        refused=(),
-    ),
+    "vit": _VIT,
     "wav2vec2": _WAV2VEC2,
     "hubert": _WAV2VEC2,
     "llama": _LLAMA,
@@ -242,6 +241,7 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
 _OTHER_SIZES = ("vocab_size", "max_position_embeddings", "type_vocab_size", "embedding_size")
 _LARGEST_SIZE = 2**31 - 1  # of products of two of them none overflows
 _MOST_LABELS = 2**20  # upstream makes up a name for each
+_READ_CONFIGS = ("transformers.configuration_utils", "transformers.integrations.heterogeneity")  # for whoever asks
 _FLOATS = r"(torch\.)?(b?float(16|32|64)|half|float|double)"
 
 
@@ -271,10 +271,15 @@ class PrunedConfig:
         upstream = next(base for base in cls.__mro__ if base.__name__ == "PreTrainedConfig")
         cls.__eq__ = upstream.__eq__  # type: ignore[assignment]
 
-    # Whoever asks a config for its heads without knowing of blocks is given the dense number, with upstream's warning:
-    # it goes with `hidden_size`, as the head size that is computed of both. Upstream would raise, also in `getattr`.
+    # Whoever asks for heads without knowing of blocks is given the dense number, with upstream's warning: it goes with
+    # `hidden_size`. Upstream raises, also in `getattr`. Its own models would make blocks of that number: they may not.
     @property
     def allow_global_per_layer_attribute_access(self) -> bool:
+        frame: Any = sys._getframe(1)
+        while (reader := frame.f_globals.get("__name__", "")).startswith(_READ_CONFIGS):
+            frame = frame.f_back
+        if re.match(r"transformers\.models\..*\.modeling_", reader):
+            raise ValueError(self._refusal())
         return vars(self).get("allow_global_per_layer_attribute_access", True)
 
     @allow_global_per_layer_attribute_access.setter
@@ -293,12 +298,7 @@ class PrunedConfig:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """
-        As [`~PreTrainedConfig.from_dict`]: what a `config.json` goes through.
-
-        Raises:
-            `ValueError`: A value is none that its field can have.
-        """
+        """As [`~PreTrainedConfig.from_dict`], with a `ValueError` for what a field of a `config.json` cannot have."""
         own = config_dict.get("model_type", cls.model_type)
         if not isinstance(own, str) or dense_model_type(own) != dense_model_type(cls.model_type):
             raise ValueError(f"`model_type` must be that of {cls.__name__}, {cls.model_type!r}, got {shortened(own)}.")
@@ -308,9 +308,8 @@ class PrunedConfig:
         except (TypeError, ValueError):
             raise
         except Exception as error:  # upstream has a kind of its own for a value of the wrong type
-            raise ValueError(
-                f"The config of a pruned model has a value that it cannot have: {_cut(str(error))}"
-            ) from error
+            text = _cut(str(error))
+            raise ValueError(f"The config of a pruned model has a value that it cannot have: {text}") from error
 
     def validate(self) -> None:
         # Some families' own checks read the per-layer fields as if they were global.
@@ -327,7 +326,19 @@ class PrunedConfig:
         # checkpoint, and a task's model from a base checkpoint, where hf_oto is not installed.
         module = type(self).__module__.rpartition(".")[2]
         self.auto_map = {auto: f"{module}.{name}" for auto, name in self.auto_classes.items()}
+        # Instead of all else the family's own class reads this, and raises with the text that is no number.
+        family = dense_model_type(self.model_type)
+        self.refused_as_dense = {"model_type": family, BLOCK_SPECS[family].heads_field: self._refusal()}
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
+
+    def _refusal(self) -> str:
+        """Why a pruned model is none of the family's own classes, and how it is loaded."""
+        name = (vars(self).get("architectures") or [self.auto_classes["AutoModel"]])[0]
+        auto = next((auto for auto, cls in self.auto_classes.items() if cls == name), "AutoModel")
+        return (
+            f"this model is pruned: its blocks have sizes of their own, {name.removeprefix('OTO')} has one size for "
+            f"all. Load it with {auto}.from_pretrained(..., trust_remote_code=True), or with hf_oto's {name}"
+        )
 
 
 def layer_counts(config: Any, per_layer_config: Any = None) -> list[tuple[int, int]]:

@@ -92,7 +92,7 @@ def _settings(config: PreTrainedConfig) -> tuple[BlockSpec, dict[str, Any]]:
     if family not in BLOCK_SPECS:
         raise ValueError(f"`config` is {refusal(config.model_type)}")
     settings = config.to_dict()
-    for name in ("model_type", "architectures", "auto_map"):  # those of the old class
+    for name in ("model_type", "architectures", "auto_map", "refused_as_dense"):  # those of the old class
         settings.pop(name, None)
     return BLOCK_SPECS[family], settings
 

@@ -23,6 +23,7 @@ from families import (
     largest_difference,
     outputs,
     tiny_model,
+    zero,
     zero_uneven,
 )
 from safetensors.torch import load_file, save_file
@@ -150,6 +151,7 @@ def test_base_model_and_task_head_load_from_each_other(name, tmp_path, caplog, r
 
 # Each family's base model with a head; weights may be read and written under older names. In decoders for question
 # answering upstream has the base model under another name, and loads nothing.
+CAUSAL = [name for name in ALL if name.endswith("CausalLM")]
 PAIRS = [
     (names[0], names[1] if names[1].endswith("CausalLM") else names[-1]) for names in MODELS.values() if len(names) > 1
 ]
@@ -283,6 +285,28 @@ def test_a_config_gives_strangers_the_dense_numbers(name, tmp_path, caplog):
     config.allow_global_per_layer_attribute_access = False  # as upstream has it
     with pytest.raises(RuntimeError, match="is a per-layer attribute"):
         getattr(config, spec.heads_field)
+
+
+# Decoders' heads for tasks take the base model that goes with the config: they are right with any.
+@pytest.mark.parametrize("name", [name for name in EVERY if family_of(name) not in ("llama", "qwen3")] + CAUSAL)
+def test_a_dense_class_says_which_one_is_needed(name, tmp_path):
+    """However it comes to a pruned model: it would have other blocks, with weights made up for what is gone."""
+    model = tiny_model(name)
+    for array in partition(model).arrays:  # no shape would tell: a block has kept all or nothing
+        if array.layer == 1:
+            zero(model, array, range(array.count))
+    compress(model).save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    needed = f"this model is pruned.*{auto_class(name).__name__}.from_pretrained.*, or with hf_oto's OTO{name}"
+    dense = getattr(transformers, name)
+    with pytest.raises(Exception, match=needed) as raised:
+        dense.from_pretrained(tmp_path)
+    assert len(str(raised.value)) < 400 and "per-layer" not in str(raised.value)
+    with pytest.raises(ValueError, match=needed):
+        dense.from_pretrained(tmp_path, config=config)
+    with pytest.raises(ValueError, match=needed):
+        dense(config)
+    assert getattr(config, BLOCK_SPECS[family_of(name)].heads_field) and counts(auto_class(name).from_config(config))
 
 
 VALID = {

@@ -48,12 +48,16 @@ def test_a_uniform_model_is_written_as_the_familys_own(name, tmp_path):
     assert not list(tmp_path.glob("*.py"))
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == family and config["architectures"] == [name]
-    assert not {"auto_map", "per_layer_config", "serialize_explicit_per_layer_config"} & set(config)
+    of_pruned = {"auto_map", "per_layer_config", "serialize_explicit_per_layer_config", "refused_as_dense"}
+    assert not of_pruned & set(config)
     assert ("head_dim" in config) == spec.own_head_size
     loaded = type(plain).from_pretrained(tmp_path)
     assert largest_difference(outputs(loaded), zeroed) <= TOLERANCE
     # What is pruned already takes the same way, and is pruned again.
-    again = compress(compress(model), plain=True)
+    small = compress(model)
+    small.config.save_pretrained(tmp_path / "small")
+    again = compress(small, plain=True)
+    assert not of_pruned & again.config.to_dict().keys()
     assert type(again) is type(plain) and largest_difference(outputs(again), zeroed) <= TOLERANCE
     for array in partition(loaded).arrays:
         if array.kind == "neurons":
