@@ -13,11 +13,11 @@ demo: $(READY)
 
 # One thread per worker (tests/conftest.py), so two workers fill two cores.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # One test of every contract, in less than ninety seconds on two cores.
 quick: $(READY)
-	$(BIN)/python -m pytest -n 2 --quick $$(sed -n 's/::.*//p' tests/quick.txt | sort -u) $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --quick $$(sed -n 's/::.*//p' tests/quick.txt | sort -u) $(ARGS)
 
 # Fifty runs killed, at any moment and in the middle of what they write, and resumed; some minutes.
 soak: $(READY)

@@ -12,6 +12,7 @@ from squad_data import byte_bpe, make_questions, wordpiece
 
 from hf_oto import HSPG, OTOConfig, QuestionAnswerer, compress, measure_latency, partition, shrink, summarize
 from hf_oto.config import LatencyTable
+from hf_oto.deploy import timing
 from hf_oto.deploy.benchmark import measure
 from hf_oto.deploy.timing import device_name
 
@@ -102,7 +103,9 @@ def test_a_run_that_shrinks_goes_as_on_the_cpu(name, device):
 @pytest.mark.parametrize("manner", MANNERS)
 def test_groups_are_chosen_as_on_the_cpu(manner, device):
     for name in ONE_EACH + OTHERS:
-        here, there = (trained(tiny_model(name), place, steps=3, **MANNERS[manner])[1:] for place in ("cpu", device))
+        models = [tiny_model(name, num_hidden_layers=2) for _ in range(2)]
+        places = zip(models, ("cpu", device), strict=True)
+        here, there = (trained(model, place, steps=3, **MANNERS[manner])[1:] for model, place in places)
         assert there[1] == here[1] and there[0].metrics() == here[0].metrics(), name
         assert any(any(mask) for mask in there[1][-1].values()), name  # the first period is over
 
@@ -127,7 +130,8 @@ METHODS = {"cpu": "clock", "cuda": "CUDA graph"}
 
 
 @pytest.mark.parametrize("name", EVERY[:1])
-def test_two_models_are_timed_where_they_are(name, device):
+def test_two_models_are_timed_where_they_are(name, device, monkeypatch):
+    monkeypatch.setattr(timing, "_IN_A_ROW", 2)
     models = [tiny_model(name, intermediate_size=width).to(device) for width in (24, 8)]
     (found,) = measure(*models, lengths=(8,), repeats=2, warmup=1)
     assert found.method == METHODS.get(device.type, "device events") and found.device == device_name(device)
@@ -138,8 +142,10 @@ def test_two_models_are_timed_where_they_are(name, device):
 
 
 @pytest.mark.parametrize("name", READING)
-def test_latencies_are_measured_where_the_model_is(name, device):
-    table = measure_latency(tiny_model(name).to(device), sequence_length=8, repeats=1, warmup=1)
+def test_latencies_are_measured_where_the_model_is(name, device, monkeypatch):
+    monkeypatch.setattr(timing, "_IN_A_ROW", 2)
+    model = tiny_model(name, num_hidden_layers=1).to(device)
+    table = measure_latency(model, sequence_length=8, repeats=1, warmup=1)
     assert table.device == device_name(device) and table.total > table.num_layers * table.neurons[-1][1] > 0
     assert table.method == METHODS.get(device.type, "device events")
     assert LatencyTable.from_dict(table.to_dict()) == table

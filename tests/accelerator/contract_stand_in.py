@@ -33,6 +33,19 @@ def test_tensors_of_two_devices_do_not_mix(device):
         there.numpy()
 
 
+def test_there_is_no_float64(device):
+    for wide in (
+        lambda: HERE.double().to(device),
+        lambda: HERE.to(device).double(),
+        lambda: torch.zeros(2, device=device, dtype=torch.float64),
+        lambda: HERE.to(device).sum(dtype=torch.float64),
+    ):
+        with pytest.raises(TypeError, match="standin has no torch.float64"):
+            wide()
+    doubled = HERE.to(device) * torch.tensor(2.0, dtype=torch.float64)  # by a number from the CPU
+    assert doubled.dtype == torch.float32 and doubled.tolist() == [0, 2, 4, 6]
+
+
 def test_what_the_host_waits_for_is_noted(device):
     there = HERE.to(device)
     with waits() as none:

@@ -24,7 +24,7 @@ NO_LOGITS = "BertGenerationEncoder"  # which a teacher could teach
 
 
 def make(folder, name, device, teacher=None, saves=True, **settings):
-    model = tiny_model(name)
+    model = tiny_model(name, num_hidden_layers=2)
     rows = training_batch(model, size=16)
     half = {"bfloat16": {"bf16": True}, "float16": {"fp16": True}}.get(PRECISION, {})
     arguments = TrainingArguments(
@@ -66,7 +66,7 @@ def assert_same_weights(model, other, device):
 @pytest.mark.parametrize("shrinks", [False, True], ids=["full", "shrunk"])
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_run_saves_what_it_trained_and_resumes(name, shrinks, device, tmp_path, monkeypatch):
-    teacher = tiny_model(name, seed=5) if shrinks and name != NO_LOGITS else None
+    teacher = tiny_model(name, seed=5, num_hidden_layers=2) if shrinks and name != NO_LOGITS else None
     trainer = make(tmp_path / "run", name, device, copy.deepcopy(teacher), shrink_during_training=shrinks)
     if not shrinks:  # drawing takes longer than training
         monkeypatch.setattr(trainer, "_pictures", lambda small=None: {})

@@ -2,7 +2,8 @@
 
 Its tensors say that they live on `standin:0`. Like CUDA's they refuse to be mixed with tensors of the CPU (numbers in
 0-dim tensors and the indices of `x[i]` excepted), have no numpy view, and what the host waits for is noted
-([`waits`]). Everything that would reach for a storage gets that of the data, so that files can be written.
+([`waits`]). Like Apple's and some of Intel's devices it has no float64. Everything that would reach for a storage gets
+that of the data, so that files can be written.
 
 To import it registers the device with torch, for good: in a process of its own. `ACCELERATE_TORCH_DEVICE=standin:0`
 puts Trainer on it.
@@ -56,6 +57,8 @@ class StandIn(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> StandIn:
+        if inner.dtype in (torch.float64, torch.complex128):
+            raise TypeError(f"{NAME} has no {inner.dtype}.")
         made = Tensor._make_wrapper_subclass(
             cls,
             inner.size(),

@@ -1,9 +1,9 @@
 """Runs HSPG on every rank of a process group, and writes what each rank held: started by torchrun, by a test.
 
-`ranks.py MODE FOLDER`, MODE one of `single`, `ddp`, `ddp4`, `fsdp`, `fsdp_blocks`: families in turn in a bare loop, on
-the same global batches, all of them in `ALL_FAMILIES`; `shrinking`: one family under DDP, with zero groups cut out on
-the way; `trainer`: OTOTrainer under accelerate, with gradient accumulation and checkpoints; or `taught`: a step of it
-with a teacher, on ranks that have unequal numbers of labels.
+`ranks.py MODE,… FOLDER`, MODE one of `ddp`, `ddp4`, `fsdp`, `fsdp_blocks`: families in turn in a bare loop, on the
+same global batches, all of them in `ALL_FAMILIES`; `shrinking`: one family under DDP, with zero groups cut out on the
+way; `trainer`: OTOTrainer under accelerate, with gradient accumulation and checkpoints; or `taught`: a step of it with
+a teacher, on ranks that have unequal numbers of labels.
 """
 
 import sys
@@ -24,7 +24,7 @@ from hf_oto.models.configuration_oto import BLOCK_SPECS
 from hf_oto.models.groups import partition
 
 STEPS, GLOBAL_BATCH = 24, 8
-ALL_FAMILIES = ("single", "ddp", "fsdp_blocks")
+ALL_FAMILIES = ("ddp", "fsdp_blocks")
 CONFIG = OTOConfig(min_neurons=3, round_to=3)
 SHORT_CONFIG = OTOConfig(min_neurons=3, round_to=3, pruning_periods=3)
 
@@ -122,7 +122,7 @@ def run_taught(folder: Path) -> None:
         trainer = OTOTrainer(
             model=tiny_model("BertForMaskedLM", **options),
             args=TrainingArguments(
-                str(folder / "run"),
+                str(folder / "taught"),
                 max_steps=1,
                 per_device_train_batch_size=4,
                 gradient_accumulation_steps=2,
@@ -165,24 +165,20 @@ def uneven(name: str) -> dict:
     return sizes
 
 
-def main(mode: str, folder: str) -> None:
+def main(modes: str, folder: str) -> None:
     torch.set_num_threads(1)
-    if mode in ("trainer", "taught"):
-        {"trainer": run_trainer, "taught": run_taught}[mode](Path(folder))
-        return
-    rank, world = 0, 1
-    if mode != "single":
-        dist.init_process_group("gloo")
-        rank, world = dist.get_rank(), dist.get_world_size()
-    if mode == "shrinking":
-        for shrinks in (False, True):
-            torch.save(run_shrinking(rank, world, shrinks), Path(folder) / f"{mode}-{shrinks}-{rank}.pt")
-        dist.destroy_process_group()
-        return
-    for name in ONE_EACH + OTHERS * (mode in ALL_FAMILIES):
-        torch.save(run(name, mode, rank, world), Path(folder) / f"{mode}-{name}-{rank}.pt")
-    if mode != "single":
-        dist.destroy_process_group()
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for mode in modes.split(","):
+        if mode in ("trainer", "taught"):
+            {"trainer": run_trainer, "taught": run_taught}[mode](Path(folder))
+        elif mode == "shrinking":
+            for shrinks in (False, True):
+                torch.save(run_shrinking(rank, world, shrinks), Path(folder) / f"{mode}-{shrinks}-{rank}.pt")
+        else:
+            for name in ONE_EACH + OTHERS * (mode in ALL_FAMILIES):
+                torch.save(run(name, mode, rank, world), Path(folder) / f"{mode}-{name}-{rank}.pt")
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Two real processes, or four: every rank holds the same masks, those of one process on the same global batch."""
 
+import fcntl
+import functools
 import os
 import subprocess
 import sys
@@ -22,35 +24,48 @@ from hf_oto.training.distillation import divergence
 pytestmark = pytest.mark.slow
 
 
-RANKS = {"single": 1, "ddp4": 4}  # 2 in every other mode
+class Runs:
+    """What each rank held. A launch happens once, when it is first asked for, by whichever worker that is."""
 
+    LAUNCHES = {"ddp,fsdp,fsdp_blocks,shrinking,taught,trainer": 2, "ddp4": 4}
 
-def launch(mode, folder):
-    script, number = str(Path(ranks.__file__)), str(RANKS.get(mode, 2))
-    launcher = [] if number == "1" else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", number]
-    done = subprocess.run(
-        [sys.executable, *launcher, script, mode, str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stderr
+    def __init__(self, folder):
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def __call__(self, mode, name=None, rank=0):
+        modes = next(modes for modes in self.LAUNCHES if mode in modes.split(","))
+        said = self.folder / f"{modes}.txt"
+        with open(self.folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not said.exists():
+                said.write_text(self.launch(modes))
+        assert said.read_text() == ""
+        file = "-".join(str(part) for part in (mode, name, rank) if part is not None)
+        return torch.load(self.folder / f"{file}.pt", weights_only=True)
+
+    def launch(self, modes):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.LAUNCHES[modes])]
+        done = subprocess.run(
+            [sys.executable, *launcher, str(Path(ranks.__file__)), modes, str(self.folder)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        return done.stderr[-4000:] if done.returncode else ""
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """Load what a rank held; each mode runs once, when it is first asked for."""
-    folder, modes = tmp_path_factory.mktemp("ranks"), set()
+    folder = tmp_path_factory.getbasetemp()
+    return Runs((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "ranks")
 
-    def load(mode, name, rank=0):
-        if mode not in modes:
-            modes.add(mode)
-            launch(mode, folder)
-        return torch.load(folder / f"{mode}-{name}-{rank}.pt", weights_only=True)
 
-    return load
+@functools.cache
+def alone(name):
+    """What one process holds: this one."""
+    return ranks.run(name, "single", 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +82,8 @@ def test_four_ranks_agree_with_each_other_and_with_one_process(ran):
 
 
 def agree(ran, mode, name):
-    first, *others = (ran(mode, name, rank) for rank in range(RANKS.get(mode, 2)))
-    alone = ran("single", name)
+    first, *others = (ran(mode, name, rank) for rank in range(4 if mode == "ddp4" else 2))
+    single = alone(name)
     for other in others:
         assert torch.equal(first["status"], other["status"])  # at every step
         assert torch.equal(first["saliency"], other["saliency"])
@@ -76,8 +91,8 @@ def agree(ran, mode, name):
 
     config, steps = plan(name)
     start = Schedule.from_config(config, steps).boundaries[0]
-    assert not (alone["status"][start - 1] != KEPT).any() and (alone["status"][start] != KEPT).any()
-    assert torch.equal(first["status"][: start + 1], alone["status"][: start + 1])
+    assert not (single["status"][start - 1] != KEPT).any() and (single["status"][start] != KEPT).any()
+    assert torch.equal(first["status"][: start + 1], single["status"][: start + 1])
 
     # What is marked zero is zero, and the target is met with nothing that would still fit.
     model = tiny_model(name, **uneven(name))
@@ -126,15 +141,14 @@ def test_ranks_that_are_taught_take_the_step_of_one_process(ran, average):
         torch.testing.assert_close(first[key], parameter.detach() - parameter.grad, rtol=1e-4, atol=2e-6)
 
 
-def test_trainer_on_two_ranks_saves_once_what_both_hold(tmp_path):
-    launch("trainer", tmp_path)
-    first, second = (torch.load(tmp_path / f"trainer-{rank}.pt", weights_only=True) for rank in (0, 1))
+def test_trainer_on_two_ranks_saves_once_what_both_hold(ran):
+    first, second = (ran("trainer", rank=rank) for rank in (0, 1))
     assert torch.equal(first["status"], second["status"]) and (first["status"] == ZERO).any()
     assert all(torch.equal(first["weights"][key], second["weights"][key]) for key in first["weights"])
-    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-12", "checkpoint-24"}
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert {path.name for path in (ran.folder / "run").glob("checkpoint-*")} == {"checkpoint-12", "checkpoint-24"}
+    assert not [path for path in ran.folder.iterdir() if path.name.startswith(".")]
     full = tiny_model(ONE_EACH[0])
     full.load_state_dict(first["weights"])
-    small = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "run")
+    small = AutoModelForQuestionAnswering.from_pretrained(ran.folder / "run")
     assert counts(small) != counts(full) and type(small).__name__ == f"OTO{ONE_EACH[0]}"
     assert largest_difference(outputs(small), outputs(full)) <= 1e-5
