@@ -15,6 +15,7 @@ from hf_oto.config import LatencyTable
 from hf_oto.deploy import timing
 from hf_oto.deploy.benchmark import measure
 from hf_oto.deploy.timing import device_name
+from hf_oto.models import surgery
 
 STEPS = 9  # warm-up 1, pruning 4, recovery 4
 CONFIG = OTOConfig(min_neurons=4, round_to=4, pruning_periods=2)
@@ -90,6 +91,16 @@ def test_a_cut_model_stays_where_it_was_and_loads_anywhere(name, device, tmp_pat
     assert_same_outputs(loaded.to(device), small)
     again = compress(small)  # one that is cut already
     assert_same_outputs(again, small)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_wrong_cut_is_refused(name, device, monkeypatch):
+    """By float64, wherever that is."""
+    monkeypatch.setattr(
+        surgery, "zero_groups", lambda array, parameters: torch.arange(array.count, device=device) == 1
+    )
+    with pytest.raises(ValueError, match="does not compute what `model` computes"):
+        compress(tiny_model(name).to(device))
 
 
 @pytest.mark.parametrize("name", ONE_EACH + OTHERS)
