@@ -35,7 +35,7 @@ class Questions:
 
 def read_pairs(path: Path) -> list[tuple[str, str, float]]:
     """Two sentences and how alike they are, in [0, 1], from a CSV file without a header whose scores are 0 to 5."""
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         rows = list(csv.reader(file))
     pairs = []
     for number, row in enumerate(rows, 1):
@@ -52,7 +52,7 @@ def read_questions(path: Path) -> Questions:
     """What a file in SQuAD's JSON asks, and about which paragraphs."""
     paragraphs: dict[str, int] = {}
     questions, answers = [], []
-    for article in json.loads(path.read_text(encoding="utf-8"))["data"]:
+    for article in json.loads(path.read_text(encoding="utf-8-sig"))["data"]:
         for paragraph in article["paragraphs"]:
             place = paragraphs.setdefault(paragraph["context"], len(paragraphs))
             for question in paragraph["qas"]:
@@ -72,7 +72,7 @@ def read_texts(path: Path) -> list[str]:
         asked = read_questions(path)
         return asked.questions + asked.paragraphs + [s for text in asked.paragraphs for s in SENTENCE_END.split(text)]
     if path.suffix == ".conll":
-        blocks = re.split(r"\n\s*\n", path.read_text(encoding="utf-8"))
+        blocks = re.split(r"\n\s*\n", path.read_text(encoding="utf-8-sig"))
         return [" ".join(line.split("\t")[0] for line in block.splitlines() if line.strip()) for block in blocks]
     if path.suffix == ".txt":
         return [line.partition(" ")[2] for line in path.read_text(encoding="latin-1").splitlines()]

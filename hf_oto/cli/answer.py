@@ -54,5 +54,8 @@ def answer(
 
 def _read(path: Path) -> str:
     """A file's text, without a byte-order mark and with its own line ends: places in it are places in the file."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return file.read()
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`--context-file` must be in UTF-8, {path} is not: {error}. Save it in UTF-8.") from error

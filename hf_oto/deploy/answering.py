@@ -190,8 +190,8 @@ class QuestionAnswerer:
             `list[list[Answer]]`: For every question its answers, best first.
 
         Raises:
-            `ValueError`, `TypeError`: A question or context is empty or no text, a question leaves no room for its
-                context, or there are not as many of the one as of the other.
+            `ValueError`, `TypeError`: A question or context is no text, or empty, if only to the tokenizer; a question
+                leaves no room for its context; or there are not as many of the one as of the other.
         """
         if isinstance(questions, str) or isinstance(contexts, str):
             raise TypeError(
@@ -249,6 +249,11 @@ class QuestionAnswerer:
                 for (start, end), inside in zip(pairs, of_context, strict=True)
             ]
             windows.append(_Window(index, inputs, _null_position(self.tokenizer, inputs["input_ids"]), spans))
+        if not length or not any(end > start for window in windows for start, end in window.spans):
+            raise ValueError(
+                f"{NEEDED}: `tokenizer` leaves nothing of {(context if length else question)[:80]!r}, whose "
+                f"characters it drops."
+            )
         return windows
 
     @torch.inference_mode()

@@ -788,6 +788,24 @@ def test_places_in_a_file_are_its_own(reader, tmp_path):
     assert any(one["start"] > text.index("written") for one in found["answers"])
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xef\xbb\xbf", b"\r\n\r\n", b"\xef\xbb\xbf \t\n", "\u200b\u00ad".encode(), b"\x00", b"\xef\xbb\xbf" * 2],
+)
+def test_a_file_without_a_word_is_no_context(content, reader, tmp_path):
+    """Not an empty list of answers, nor a sure "there is none": nothing was read."""
+    (tmp_path / "page.txt").write_bytes(content)
+    ask = "answer", reader, "--context-file", tmp_path / "page.txt", "--question", "Who wrote it?"
+    for option in ((), ("--handle-impossible-answer",)):
+        assert "`question` and `context` must be text that is not empty" in refused(*ask, *option)
+
+
+def test_a_file_in_another_encoding_is_refused_by_name(reader, tmp_path):
+    (tmp_path / "page.txt").write_bytes("It was written by Ada.".encode("utf-16"))
+    ask = "answer", reader, "--context-file", tmp_path / "page.txt", "--question", "Who wrote it?"
+    assert f"must be in UTF-8, {tmp_path / 'page.txt'} is not" in refused(*ask)
+
+
 def test_what_cannot_be_answered_is_refused(reader, tmp_path):
     ask = ["--question", "why?"]
     assert "either --context or --context-file" in refused("answer", reader, *ask)
@@ -796,6 +814,8 @@ def test_what_cannot_be_answered_is_refused(reader, tmp_path):
     )
     assert "a.txt" in refused("answer", reader, *ask, "--context-file", tmp_path / "a.txt")
     assert "must be text that is not empty" in refused("answer", reader, *ask, "--context", " ")
+    for question in (" ", "\u200b"):
+        assert "must be text that is not empty" in refused("answer", reader, "--question", question, "--context", "a")
     assert "`top_k` must be at least 1" in refused("answer", reader, *ask, "--context", "a", "--top-k", 0)
     saved(tmp_path / "model")
     assert "has no tokenizer_config.json" in refused("answer", tmp_path / "model", *ask, "--context", "a")

@@ -55,6 +55,12 @@ def test_texts_are_each_once_and_long_ones_give_runs_of_sentences(data):
     assert set(found) == {"sentences"}  # none of these is long
 
 
+@pytest.mark.parametrize("name", ["train.csv", "train.json", "more.conll"])
+def test_a_byte_order_mark_is_no_content(name, data, tmp_path):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (data / name).read_bytes())
+    assert texts.read_texts(tmp_path / name) == texts.read_texts(data / name)
+
+
 @pytest.mark.parametrize("row", ["a,b", "a,b,6"])
 def test_pairs_that_are_none_are_refused(row, tmp_path):
     (tmp_path / "pairs.csv").write_text(f"a,b,5.0\n{row}\n")

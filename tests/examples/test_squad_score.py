@@ -211,6 +211,8 @@ def test_an_answerers_scores_are_those_of_the_metric(version, tmp_path):
     questions = read_questions(write(tmp_path / "dev.json", squad(*made)))
     assert [(one.context, one.text) for one in questions] == [(context, asked["question"]) for context, asked in made]
     assert read_questions(tmp_path / "dev.json", 4) == questions[:4]
+    (tmp_path / "marked.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "dev.json").read_bytes())
+    assert read_questions(tmp_path / "marked.json") == questions
     cases = []
     for one in questions:
         (best,) = answerer(one.text, one.context, handle_impossible_answer=version == "v2.0")
