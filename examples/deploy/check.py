@@ -6,7 +6,8 @@ Each consumer runs in an environment of its own, which is made under `build/cons
     python examples/deploy/check.py MODEL [--only NAME …]
 
 MODEL is a folder with a base model and its tokenizer, such as all-MiniLM-L6-v2's; it is cut by chance, as what is
-compared is whether consumers compute the same, not how good it is.
+compared is whether consumers compute the same, not how good it is. It is cut in both forms: free, for an ONNX folder,
+and plain, of the family's own class.
 """
 
 from __future__ import annotations
@@ -38,27 +39,32 @@ TASKS = {
     "question-answering": "AutoModelForQuestionAnswering",
 }
 TRANSFORMERS_4 = ["torch==2.13.0", "transformers==4.57.*", "sentence-transformers", "optimum-onnx[onnxruntime]"]
-# Name: the folder that it reads, what is installed for it, its script, and how far a number may be off.
+# Name: the folders that it reads, what is installed for it, its script, and how far a number may be off.
 CONSUMERS = {
-    "fastembed": ("onnx", ["fastembed"], "fastembed_embed.py", 1e-5),
-    "openvino": ("pooled", ["openvino", "tokenizers"], "openvino_embed.py", 1e-5),
-    "ortmodel": ("onnx", TRANSFORMERS_4, "ortmodel_embed.py", 1e-5),
-    "sentence-transformers, onnx": ("onnx", TRANSFORMERS_4, "sentence_transformers_onnx.py", 1e-5),
-    "transformers.js": ("onnx", ["@huggingface/transformers"], "transformers_js.mjs", 1e-4),
+    "fastembed": ("pruned/onnx", ["fastembed"], "fastembed_embed.py", 1e-5),
+    "openvino": ("pruned/pooled", ["openvino", "tokenizers"], "openvino_embed.py", 1e-5),
+    "ortmodel": ("pruned/onnx", TRANSFORMERS_4, "ortmodel_embed.py", 1e-5),
+    "sentence-transformers, onnx": ("pruned/onnx", TRANSFORMERS_4, "sentence_transformers_onnx.py", 1e-5),
+    "transformers.js": ("pruned/onnx", ["@huggingface/transformers"], "transformers_js.mjs", 1e-4),
+    "plain: transformers 4": ("plain/saved", TRANSFORMERS_4, "transformers_plain.py", 1e-4),
+    "plain: sentence-transformers": ("plain/saved", TRANSFORMERS_4, "sentence_transformers_plain.py", 1e-5),
+    "plain: upstream's export": ("plain/saved", TRANSFORMERS_4, "sentence_transformers_export.py", 1e-5),
+    "plain: fastembed": ("plain/onnx", ["fastembed"], "fastembed_embed.py", 1e-5),
+    "plain: transformers.js": ("plain/onnx", ["@huggingface/transformers"], "transformers_js.mjs", 1e-4),
 }
 
 
 @torch.no_grad()
-def cut_by_chance(model: PreTrainedModel) -> PreTrainedModel:
-    """Without half of the neurons, and without some heads, as many in every block as its number says."""
+def cut_by_chance(model: PreTrainedModel, plain: bool) -> PreTrainedModel:
+    """Without half of the neurons, and, if not plain, without some heads: as many in a block as its number says."""
     generator = torch.Generator().manual_seed(0)
     parameters = dict(model.named_parameters())
     for array in partition(model).arrays:
-        number = array.count // 2 if array.kind == "neurons" else array.layer % 4
+        number = array.count // 2 if array.kind == "neurons" else 0 if plain else array.layer % 4
         chosen = torch.randperm(array.count, generator=generator)[:number]
         for owned in array.owned:
             parameters[owned.name].index_fill_(owned.dim, owned.positions(array.count, chosen), 0)
-    return compress(model).eval()
+    return compress(model, plain=plain).eval()
 
 
 @torch.no_grad()
@@ -78,22 +84,23 @@ def reference(task: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     return own.amax(-1).tolist()
 
 
-def prepare(source: Path) -> None:
+def prepare(source: Path, form: str) -> None:
     """One folder for each task, and what PyTorch says; the base model pooled inside the graph as well."""
     tokenizer = AutoTokenizer.from_pretrained(source)
     pooling = Pooling.from_folder(source)
-    torch.manual_seed(0)
+    models = WORK / "models" / form
     expected = {}
     for task in TASKS:
-        small = cut_by_chance(getattr(transformers, TASKS[task]).from_pretrained(source).float())
-        saved = WORK / "models" / "pruned" / task
+        torch.manual_seed(0)
+        small = cut_by_chance(getattr(transformers, TASKS[task]).from_pretrained(source).float(), form == "plain")
+        saved = models / "saved" / task
         small.save_pretrained(saved)
         copy_beside_weights(source, saved)
         expected[task] = reference(task, small, tokenizer, pooling)
-        export_folder(small, WORK / "models" / "onnx" / task, saved)
+        export_folder(small, models / "onnx" / task, saved)
         if task == "feature-extraction":
-            export_folder(small, WORK / "models" / "pooled" / task, saved, pooling=pooling)
-    (WORK / "models" / "expected.json").write_text(json.dumps({"texts": TEXTS, "expected": expected}))
+            export_folder(small, models / "pooled" / task, saved, pooling=pooling)
+    (models / "expected.json").write_text(json.dumps({"texts": TEXTS, "expected": expected}))
 
 
 def interpreter(packages: list[str], script: Path) -> list[str]:
@@ -116,14 +123,15 @@ def interpreter(packages: list[str], script: Path) -> list[str]:
 
 def run(name: str) -> dict[str, float]:
     """By task the largest difference from PyTorch."""
-    kind, packages, script, _ = CONSUMERS[name]
-    models = WORK / "models"
-    command = [*interpreter(packages, HERE / "consumers" / script), str(models / kind), str(models / "expected.json")]
+    read, packages, script, _ = CONSUMERS[name]
+    folders = WORK / "models" / read
+    given = folders.parent / "expected.json"
+    command = [*interpreter(packages, HERE / "consumers" / script), str(folders), str(given)]
     done = subprocess.run(command, capture_output=True)
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr.decode()[-2000:]}")
     found = json.loads(done.stdout.decode().strip().splitlines()[-1])
-    expected = json.loads((models / "expected.json").read_text())["expected"]
+    expected = json.loads(given.read_text())["expected"]
     return {
         task: max(abs(mine - theirs) for mine, theirs in zip(values, expected[task], strict=True))
         for task, values in found.items()
@@ -135,8 +143,10 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--only", nargs="+", choices=list(CONSUMERS), default=list(CONSUMERS))
     options = parser.parse_args()
-    if not (WORK / "models" / "expected.json").is_file():
-        prepare(options.model)
+    for form in ("pruned", "plain"):
+        if not (WORK / "models" / form / "expected.json").is_file():
+            shutil.rmtree(WORK / "models" / form, ignore_errors=True)
+            prepare(options.model, form)
     failed = False
     for name in options.only:
         for task, difference in run(name).items():

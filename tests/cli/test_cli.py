@@ -122,7 +122,8 @@ def test_a_process_of_its_own_prints_one_line_and_importing_loads_no_tool(tmp_pa
     code = f"""if True:
         import sys
         import hf_oto
-        print([name for name in ("typer", "onnx", "onnxruntime", "onnxscript") if name in sys.modules])
+        heavy = ("typer", "onnx", "onnxruntime", "onnxscript", "sentence_transformers")
+        print([name for name in heavy if name in sys.modules])
         from hf_oto.cli.app import main
         sys.argv = ["hf-oto", "inspect", {str(tmp_path)!r}]
         main()
