@@ -20,8 +20,10 @@ TARGET_UNITS = ("params", "macs", "groups", "latency")
 STRUCTURES = ("heads", "neurons")
 if TYPE_CHECKING:
     Names = Sequence[str]  # any; a tuple once it is in the config
+    Shares = Sequence[float]
 else:
     Names = list[str]  # into which `HfArgumentParser` reads several words
+    Shares = list[float]
 
 SALIENCIES = ("fisher", "taylor", "magnitude", "random")
 
@@ -240,6 +242,12 @@ class OTOConfig:
             Share of all steps by which the target is reached: N_p / N. What follows is recovery.
         pruning_periods (`int`, *optional*, defaults to 10):
             Number of selections, P, over which the removed share ramps up.
+        milestones (`tuple[float, ...]`, *optional*, defaults to `()`):
+            Smaller shares, in the same unit, at which the run stops for a while: it prunes to each in turn, recovers,
+            keeps a finished model of that size, and goes on. They rise, and are all below the target. Of M + 1 sizes,
+            the target's counted, the first gets two parts in M + 2 of the steps, each of the others one; the ratios
+            below are shares of that. The learning rate falls to each size and rises again: [`OTOTrainer`] repeats the
+            schedule of its arguments for every one.
         saliency (`str`, *optional*, defaults to `"fisher"`):
             Score of a group, to be divided by its cost: `"fisher"`, the running mean of the squared derivative by the
             group's mask; `"taylor"`, that of its absolute value; `"magnitude"`, the group's squared norm;
@@ -296,6 +304,7 @@ class OTOConfig:
     pruning_start_ratio: float = 0.15
     pruning_end_ratio: float = 0.6
     pruning_periods: int = 10
+    milestones: Shares = field(default_factory=tuple)
     saliency: str = "fisher"
     saliency_decay: float = 0.98
     saliency_interval: int = 1
@@ -334,6 +343,7 @@ class OTOConfig:
             raise ValueError(f"`structures` must name each structure once and at least one, got {self.structures}.")
         if self.target_sparsity is not None:
             _check_real("target_sparsity", self.target_sparsity, 0.0, 1.0)
+        object.__setattr__(self, "milestones", _milestones(self.milestones, self.target_sparsity))
         _check_real("pruning_start_ratio", self.pruning_start_ratio, 0.0, 1.0)
         _check_real("saliency_decay", self.saliency_decay, 0.0, 1.0)
         _check_real("epsilon", self.epsilon, 0.0, 1.0)
@@ -362,7 +372,8 @@ class OTOConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         table = None if self.latency_table is None else self.latency_table.to_dict()
-        return {**dataclasses.asdict(self), "structures": list(self.structures), "latency_table": table}
+        several = {"structures": list(self.structures), "milestones": list(self.milestones)}
+        return {**dataclasses.asdict(self), **several, "latency_table": table}
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> OTOConfig:
@@ -394,6 +405,24 @@ class OTOConfig:
         if not isinstance(settings, dict):
             raise ValueError(f"{path} must hold one JSON object, got {type(settings).__name__}.")
         return cls.from_dict(settings)
+
+
+def _milestones(given: Any, target: float | None) -> tuple[float, ...]:
+    """Shares that rise, all between nothing and the target."""
+    if isinstance(given, str | int | float) or not isinstance(given, Sequence):
+        raise TypeError(f"`milestones` must be a list of shares, as in (0.3, 0.5), got {given!r}.")
+    shares = [share.tolist() if type(share).__module__ == "numpy" else share for share in given]
+    for share in shares:
+        _check_real("milestones: a share", share, 0.0, 1.0)
+    if shares and target is None:
+        raise ValueError(f"`milestones` need a `target_sparsity` to go on to, got {shares} and None.")
+    steps = [0.0, *shares, target or 0.0]
+    if shares and any(low >= high for low, high in zip(steps, steps[1:], strict=False)):
+        raise ValueError(
+            f"`milestones` must rise from above 0 to below `target_sparsity`={target:g}, got {shares}. Sort them, and "
+            f"leave the target itself out: it is the last size anyway."
+        )
+    return tuple(float(share) for share in shares)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -17,8 +17,10 @@ ROOMS = {
         *(
             "sentence_transformers",
             "trainer",
+            "milestones",
             "pruning",
             "attaching",
+            "learning_rate",
             "data_parallel",
             "checkpoints",
             "hub",
@@ -31,7 +33,7 @@ ROOMS = {
         *("benchmark", "latency_tables", "squad_scoring", "answering", "onnx_folder", "onnx_export"),
         *("pooling", "model_files", "threads", "timing"),
     ],
-    "report": ["card", "summary", "pictures", "tables"],
+    "report": ["card", "milestones", "summary", "pictures", "tables"],
     "hspg": [
         *("optimizer", "acted_weights", "half_space", "progress", "shrinking", "selection", "budget", "saved_state"),
         *("base_optimizers", "saliency", "schedule", "stacked_weights", "group_weights", "sharding", "devices"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_oto.config import STRUCTURES, OTOConfig
+from hf_oto import OTOConfig
 from hf_oto.renamed import OLD_SETTINGS
 
 
@@ -94,7 +94,7 @@ class DataArguments:
 
 
 # HfArgumentParser reads neither a tuple nor a number that may be the word "none".
-_AS_TEXT, _AS_LIST = "target_sparsity", "structures"
+_AS_TEXT, _AS_LIST = "target_sparsity", {"structures": str, "milestones": float}
 _AS_PATH = "latency_table"
 _NO_SETTINGS = ("compress", "teacher_model_name_or_path")
 
@@ -107,8 +107,10 @@ def _compression_field(setting: dataclasses.Field) -> tuple[str, Any, dataclasse
     if setting.name == _AS_TEXT:
         metadata["help"] += ' "none" runs HSPG as published.'
         return setting.name, str | None, field(default=str(setting.default), metadata=metadata)
-    if setting.name == _AS_LIST:
-        return setting.name, list[str], field(default_factory=lambda: list(STRUCTURES), metadata=metadata)
+    if setting.name in _AS_LIST:
+        default = getattr(OTOConfig(), setting.name)
+        kind: Any = list[_AS_LIST[setting.name]]
+        return setting.name, kind, field(default_factory=lambda: list(default), metadata=metadata)
     if setting.name == _AS_PATH:
         metadata["help"] += " The file that `hf-oto latency` wrote."
         return setting.name, str | None, field(default=None, metadata=metadata)

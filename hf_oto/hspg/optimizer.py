@@ -154,11 +154,8 @@ class HSPG(Optimizer):
     def _select(self, step: int) -> None:
         """Make the groups of the lowest saliency per cost redundant, for what the period has to remove."""
         status_G = self._kept[STATUS]
-        saliency_G = selection.saliency(
-            self.partition, self._arrays, self.config, self._kept[SALIENCY], self._places(), step
-        )
-        share = self.schedule.share(step, self.config.target_sparsity or 0.0)
-        alive_G = status_G.cpu() == KEPT
+        share, gathered_G, alive_G = self.schedule.share(step), self._kept[SALIENCY], status_G.cpu() == KEPT
+        saliency_G = selection.saliency(self.partition, self._arrays, self.config, gathered_G, self._places(), step)
         chosen_G = selection.choose(self.partition, self._arrays, self.config, saliency_G, alive_G, share)
         status_G.masked_fill_(chosen_G.to(status_G.device), REDUNDANT)
         self._acting = None
@@ -252,23 +249,32 @@ class HSPG(Optimizer):
             self.steps_done >= self.schedule.boundaries[-1] or self.config.target_sparsity == 0
         )
 
+    @property
+    def milestone_reached(self) -> float | None:
+        """The milestone, or the target, that is removed exactly now; `None` while groups go and before any do."""
+        return self.schedule.reached(self.steps_done)
+
+    @property
+    def milestone_due(self) -> float | None:
+        """The milestone, or the target at the end of the run, whose model is finished now; `None` at other steps."""
+        return self.schedule.finished(self.steps_done)
+
     def zero_masks(self) -> dict[tuple[int, str], Tensor]:
         """
         Which of the groups that the model has now are zero for good: (layer, kind) -> bool `[G]`, on the CPU. Empty
         before the first step.
         """
-        if STATUS not in self._kept:
-            return {}
-        zero = selection.split((self._kept[STATUS] == ZERO).cpu(), self._arrays)
-        return {(array.layer, array.kind): mask for array, mask in zip(self._arrays, zero, strict=True)}
+        return selection.masks(self._kept[STATUS] == ZERO, self._arrays) if STATUS in self._kept else {}
 
     def metrics(self) -> dict[str, float]:
         """
         Progress of the compression: `group_sparsity`, `removed_params` and `removed_macs` are shares in [0, 1] of the
         chosen structures of the dense architecture; `heads` and `neurons` count what the whole model has left. With
-        the unit `"latency"` also `removed_latency`, the share of the whole model's time by the table.
+        the unit `"latency"` also `removed_latency`, the share of the whole model's time by the table; with milestones
+        `milestone`, the share that the run goes for now, or recovers at.
         """
-        return progress.metrics(self.partition, self.config, self.zero_masks())
+        aim = self.schedule.leg(self.steps_done).share
+        return progress.metrics(self.partition, self.config, self.zero_masks(), aim)
 
     # Shrinking.
 
@@ -282,13 +288,13 @@ class HSPG(Optimizer):
         """
         Whether it pays to cut the zero groups out now, before the next step ([`~hf_oto.shrink`]): a pruning period
         has just ended, and a tenth or more of the multiply-accumulates that the blocks have left are of zero groups;
-        at the end of the last period any that are. Never without a target.
+        where a milestone or the target is reached any that are. Never without a target.
         """
-        ends = self.schedule.boundaries[1:]
-        if self.steps_done not in ends or self.unshrinkable is not None:
+        leg = self.schedule.period_end(self.steps_done)
+        if leg is None or self.unshrinkable is not None:
             return False
         masks = ((kind, mask) for (_, kind), mask in self.zero_masks().items())
-        return shrinking.pays(self.partition, self.config, masks, last=self.steps_done == ends[-1])
+        return shrinking.pays(self.partition, self.config, masks, last=self.steps_done == leg.boundaries[-1])
 
     def shrink(self, partition: Partition, kept: Sequence[Tensor], cuts: shrinking.Cuts) -> None:
         """
@@ -351,11 +357,7 @@ class HSPG(Optimizer):
             `ValueError`: A step was taken already, or the schedule does not fit in so many. Nothing is changed then.
         """
         if self.steps_done:
-            raise ValueError(
-                f"`total_steps`={total_steps} comes too late: {self.steps_done} of {self.schedule.total_steps} steps "
-                f"are taken, in stage {self.stage!r}. Make the model and its optimizer anew, or go on with "
-                f"`total_steps`={self.schedule.total_steps}."
-            )
+            raise ValueError(self.schedule.too_late(self.steps_done, total_steps))
         self.schedule = Schedule.from_config(self.config, total_steps)
         for name in (SALIENCY, STATUS):
             self._kept.pop(name, None)

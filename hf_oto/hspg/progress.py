@@ -14,7 +14,9 @@ from ..models.groups import Partition
 from . import budget
 
 
-def metrics(partition: Partition, config: OTOConfig, zero_masks: Mapping[tuple[int, str], Tensor]) -> dict[str, float]:
+def metrics(
+    partition: Partition, config: OTOConfig, zero_masks: Mapping[tuple[int, str], Tensor], aim: float
+) -> dict[str, float]:
     """
     Progress of the compression.
 
@@ -22,11 +24,13 @@ def metrics(partition: Partition, config: OTOConfig, zero_masks: Mapping[tuple[i
         partition ([`~hf_oto.models.groups.Partition`]): The groups that the model has now.
         config ([`OTOConfig`]): The settings.
         zero_masks (`Mapping[tuple[int, str], Tensor]`): Which of them are zero: (layer, kind) -> bool `[G]`.
+        aim (`float`): The milestone, or the target, that the run goes for.
 
     Returns:
         `dict[str, float]`: `group_sparsity`, `removed_params` and `removed_macs` are shares in [0, 1] of the chosen
         structures of the dense architecture; `heads` and `neurons` count what the whole model has left. With the unit
-        `"latency"` also `removed_latency`, the share of the whole model's time by the table.
+        `"latency"` also `removed_latency`, the share of the whole model's time by the table; with milestones also
+        `milestone`, the aim.
     """
     counts = {key: int(mask.sum()) for key, mask in zero_masks.items()}
     kept = [array.count - counts.get((array.layer, array.kind), 0) for array in partition.arrays]
@@ -42,4 +46,6 @@ def metrics(partition: Partition, config: OTOConfig, zero_masks: Mapping[tuple[i
     if config.target_unit == "latency":
         removed = budget.removed_cost(partition, config, kept)
         found["removed_latency"] = removed / budget.dense_cost(partition, config)
+    if config.milestones:
+        found["milestone"] = aim
     return {**found, **left}

@@ -23,13 +23,14 @@ KEPT, REDUNDANT, ZERO = 0, 1, 2
 FORMAT = 1
 
 # What settings were before there was a choice: states written then do not name them.
-_OLDER_SETTINGS = {
+_OLDER_SETTINGS: dict[str, Any] = {
     "format": 1,
     "shrink_during_training": False,
     "saliency_interval": 1,
     "keep_dropout": True,
     "latency_table": None,
     "uniform": False,
+    "milestones": [],
 }
 
 

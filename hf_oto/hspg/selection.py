@@ -23,6 +23,11 @@ def split(values_G: Tensor, arrays: Sequence[GroupArray]) -> tuple[Tensor, ...]:
     return values_G.split([array.count for array in arrays])
 
 
+def masks(mask_G: Tensor, arrays: Sequence[GroupArray]) -> dict[tuple[int, str], Tensor]:
+    """Array by array which of its groups are meant: (layer, kind) -> bool `[G]`, on the CPU."""
+    return {(array.layer, array.kind): mask for array, mask in zip(arrays, split(mask_G.cpu(), arrays), strict=True)}
+
+
 def indices(mask_G: Tensor, arrays: Sequence[GroupArray]) -> list[Tensor]:
     """Array by array which of its groups are meant, int64, on the CPU."""
     mask_G = mask_G.cpu()

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from .milestones import PICTURE, Size, counted, sizes_section
 from .pictures import FORMATS, run_figure, save_figure, training_entries
 from .summary import Summary
 
@@ -44,6 +45,7 @@ def card_section(
     pictures: Sequence[str] = (),
     scores: Mapping[str, float] | None = None,
     dense_scores: Mapping[str, float] | None = None,
+    sizes: Sequence[Size] = (),
 ) -> str:
     """
     What a model card says of the compression: what was removed, what is left of every layer, how to load it.
@@ -55,9 +57,10 @@ def card_section(
         loading (`str`, *optional*): Python that loads it, where that is no Auto class.
         plain (`bool`, *optional*, defaults to `False`): Whether it is of the family's own class, without code.
         pictures (`Sequence[str]`, *optional*):
-            Those of `"layers"` and `"run"` that lie beside the card, as [`save_figures`] writes them.
+            Those of `"layers"`, `"run"` and `"milestones"` that lie beside the card, as [`save_figures`] writes them.
         scores, dense_scores (`Mapping[str, float]`, *optional*):
             Metrics of the model, and those of the dense one to be put beside them, by name.
+        sizes (`Sequence[Size]`, *optional*): All that the run has finished, this one last.
 
     Returns:
         `str`: Markdown.
@@ -87,7 +90,7 @@ While it was fine-tuned, whole attention heads and feed-forward neurons were rem
 {faster}
 {table}{layers}{summary}
 
-{run}## How to load it
+{run}{sizes_section(sizes, pictured=PICTURE in pictures)}## How to load it
 
 ```python
 {loading}
@@ -113,11 +116,7 @@ def leaderboard_results(
     Returns:
         `list[EvalResult]`: One for every task, data set and score.
     """
-    metrics = {
-        name.removeprefix("eval_"): value
-        for name, value in scores.items()
-        if name.startswith("eval_") and not name.endswith(("_time", "runtime", "_per_second", "_samples"))
-    }
+    metrics = {name.removeprefix("eval_"): value for name, value in counted(scores).items()}
     return [
         EvalResult(task_type=task, dataset_type=dataset, dataset_name=name, metric_type=metric, metric_value=value)
         for task in tasks

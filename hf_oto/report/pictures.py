@@ -158,6 +158,37 @@ def plot_run(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike) 
     save_figure(run_figure(log_history), path)
 
 
+def sizes_figure(
+    measures: Mapping[str, Sequence[float]], scores: Sequence[float], label: str, names: Sequence[str]
+) -> Any:
+    """
+    A score over what is kept, one panel for every measure of it.
+
+    Args:
+        measures (`Mapping[str, Sequence[float]]`): Shares in [0, 1] that every size keeps, by what is measured.
+        scores (`Sequence[float]`): The score of every size.
+        label (`str`): What the score is called.
+        names (`Sequence[str]`): What every size is called.
+
+    Returns:
+        `matplotlib.figure.Figure`
+
+    Raises:
+        `ImportError`: There is no matplotlib.
+    """
+    figure, panels = _panels(width=0.6 + 3.4 * len(measures), height=3.6, top=0.3, columns=len(measures))
+    for axes, (measure, shares) in zip(panels, measures.items(), strict=True):
+        kept = [100 * share for share in shares]
+        axes.plot(kept, scores, color=KEPT, marker="o")
+        for x, y, name in zip(kept, scores, names, strict=True):
+            axes.annotate(name, (x, y), xytext=(0, 6), textcoords="offset points", ha="center", color=DARK)
+        axes.set_xlabel(f"{measure} kept (%)")
+        axes.margins(x=0.12, y=0.18)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(label)
+    return figure
+
+
 def training_entries(log_history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The entries of a log that OTOTrainer wrote while it trained."""
     return [entry for entry in log_history if {"loss", "removed_params", "stage"} <= entry.keys()]
@@ -202,15 +233,22 @@ def check_format(path: str | os.PathLike) -> str:
     return form
 
 
-def _panels(width: float, height: float, top: float) -> tuple[Any, Any]:
-    """Two panels above each other, in inches, with margins that hold the labels: laying them out anew is slow."""
+def _panels(width: float, height: float, top: float, columns: int = 0) -> tuple[Any, Any]:
+    """
+    Two panels above each other, or so many side by side, in inches, with margins that hold the labels: laying them out
+    anew is slow.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("A picture needs matplotlib: `pip install 'hf-oto[plot]'`.") from error
     figure = Figure(figsize=(width, height))
     margins = {"left": 0.8 / width, "right": 1 - 0.2 / width, "bottom": 0.7 / height, "top": 1 - top / height}
-    panels: Any = figure.subplots(2, sharex=True, gridspec_kw={**margins, "hspace": 0.14})
+    panels: Any
+    if columns:
+        panels = figure.subplots(1, columns, sharey=True, gridspec_kw={**margins, "wspace": 0.1})
+    else:
+        panels = figure.subplots(2, sharex=True, gridspec_kw={**margins, "hspace": 0.14})
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panels

@@ -1,4 +1,4 @@
-"""HSPG around a run's optimizer, whoever made that, and the learning rate that goes with its stages."""
+"""HSPG around a run's optimizer, whoever made that."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, TrainingArguments, get_wsd_schedule
-from transformers.trainer_utils import SchedulerType
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import OTOConfig
 from ..hspg.optimizer import HSPG
-from ..hspg.schedule import Schedule
 from ..models.groups import partition
 
 logger = logging.get_logger(__name__)
@@ -115,39 +113,3 @@ def wrapped(
             f"`pruning_periods`={config.pruning_periods}. Train longer for a result that counts."
         )
     return hspg
-
-
-def decay_in_recovery(args: TrainingArguments, config: OTOConfig, optimizer: Optimizer, total_steps: int) -> Any:
-    """
-    The learning rate's schedule where the arguments leave open when it decays: it stays at its peak until the target
-    is reached. `None` where they do not.
-    """
-    given: Any = args.lr_scheduler_kwargs or {}
-    if args.lr_scheduler_type != SchedulerType.WARMUP_STABLE_DECAY or "num_decay_steps" in given:
-        return None
-    if config.target_sparsity is None:
-        return None
-    warmup = args.get_warmup_steps(total_steps)
-    if (stable := given.get("num_stable_steps")) is not None:
-        decay = total_steps - warmup - stable
-        if decay < 1:
-            raise ValueError(
-                f"`num_stable_steps`={stable} in `lr_scheduler_kwargs` leaves nothing to decay in: {warmup} steps of "
-                f"warm-up and {stable} of {total_steps}. Lower it, or leave it out: the rate is then stable until the "
-                f"target is reached."
-            )
-        return get_wsd_schedule(optimizer, warmup, decay, **{"decay_type": "linear", **given})
-    pruned = Schedule.from_config(config, total_steps).boundaries[-1]
-    if warmup > pruned:
-        raise ValueError(
-            f"`warmup_steps` must end before the target is reached for `lr_scheduler_type`='warmup_stable_decay', "
-            f"got {warmup} and {pruned} of {total_steps} steps. Give `lr_scheduler_kwargs` its own "
-            f"`num_decay_steps`, or shorten it."
-        )
-    return get_wsd_schedule(
-        optimizer,
-        num_warmup_steps=warmup,
-        num_decay_steps=total_steps - pruned,
-        num_training_steps=total_steps,
-        **{"decay_type": "linear", **given},
-    )

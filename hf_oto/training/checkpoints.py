@@ -60,11 +60,15 @@ class CheckpointingTrainer(Trainer):
             if writes:
                 self.state.save_to_json(str(folder / name / TRAINER_STATE_NAME))  # with the best one's place
         if writes:
-            remove_superfluous(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+            remove_superfluous(run, self.args.save_total_limit, self._best_checkpoint(run))
         self._newest_checkpoint = self.state.global_step
         wait()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run / name))
+
+    def _best_checkpoint(self, run: Path) -> str | None:
+        """The checkpoint in a run's folder that has to stay, whatever their limit."""
+        return self.state.best_model_checkpoint
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A run that is resumed when all its steps are done would take one more.

@@ -1,12 +1,12 @@
-"""What goes to the Hub while a run goes on."""
+"""What goes to the Hub while a run goes on, and from a run with several sizes at its end."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from huggingface_hub import upload_folder
+from huggingface_hub import create_branch, upload_folder
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
@@ -14,8 +14,13 @@ from transformers.utils import PushInProgress
 from .saving import NOT_THE_MODEL
 
 
-def start_push(args: TrainingArguments, repo_id: str, step: int, checkpoint: str) -> PushInProgress:
-    """Begin to push the model in `output_dir`, and the checkpoint of a step where the strategy asks for it."""
+def start_push(
+    args: TrainingArguments, repo_id: str, step: int, checkpoint: str, beside: Iterable[str] = ()
+) -> PushInProgress:
+    """
+    Begin to push the model in `output_dir`, and the checkpoint of a step where the strategy asks for it. Folders
+    `beside` the model are other models.
+    """
 
     def upload(folder: str, message: str, ignored: Sequence[str] = (), path_in_repo: str | None = None) -> Any:
         return upload_folder(
@@ -29,9 +34,57 @@ def start_push(args: TrainingArguments, repo_id: str, step: int, checkpoint: str
             run_as_future=True,
         )
 
-    jobs = [upload(cast(str, args.output_dir), f"Training in progress, step {step}", NOT_THE_MODEL)]
+    jobs = [upload(cast(str, args.output_dir), f"Training in progress, step {step}", _left_out(beside))]
     if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         last = args.hub_strategy == HubStrategy.CHECKPOINT
         place = "last-checkpoint" if last else Path(checkpoint).name
         jobs.append(upload(checkpoint, f"Checkpoint of step {step}", path_in_repo=place))
     return PushInProgress(cast(Any, jobs))
+
+
+def _left_out(beside: Iterable[str]) -> tuple[str, ...]:
+    return (*NOT_THE_MODEL, *(f"{name}/*" for name in beside))
+
+
+def push_sizes(
+    args: TrainingArguments,
+    repo_id: str,
+    milestones: Mapping[str, Path],
+    *,
+    branches: bool,
+    message: str,
+    token: str | None,
+    revision: str | None,
+    blocking: bool,
+) -> Any:
+    """
+    Push the model in `output_dir`, and before it, where asked for, those of the milestones, each to a branch of its
+    name, which then has nothing else in it.
+
+    Args:
+        args ([`TrainingArguments`]): Of the run.
+        repo_id (`str`): Where to.
+        milestones (`Mapping[str, Path]`): Their folders in `output_dir`, by their names.
+        branches (`bool`): Whether to push them.
+        message (`str`): Of the commits.
+        token, revision (`str`, *optional*), blocking (`bool`): As in [`Trainer.push_to_hub`].
+    """
+    for name, folder in milestones.items() if branches else ():
+        create_branch(repo_id, branch=name, token=token, exist_ok=True)
+        upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=f"{message}, {name}",
+            token=token,
+            revision=name,
+            delete_patterns=["*"],
+        )
+    return upload_folder(
+        repo_id=repo_id,
+        folder_path=cast(str, args.output_dir),
+        commit_message=message,
+        token=token,
+        revision=revision or args.hub_revision,
+        run_as_future=cast(Any, not blocking),
+        ignore_patterns=list(_left_out(milestones)),
+    )

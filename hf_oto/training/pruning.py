@@ -24,8 +24,9 @@ from ..models.sharding import is_sharded
 from ..models.surgery import check_compressible, shrink
 from ..renamed import refuse_old_names
 from . import checkpoints, showing
-from .attaching import decay_in_recovery, goes_on, hspg_in, optimizers_in, settled_config, wrapped
+from .attaching import goes_on, hspg_in, optimizers_in, settled_config, wrapped
 from .data_parallel import unwatchable, watch_anew
+from .learning_rate import scheduler_of
 from .pruned_part import find_part, path_of, put_config, put_part, saved_config
 from .refusals import (
     NO_DEEPSPEED,
@@ -166,7 +167,7 @@ class PruningTrainer(TaughtTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
         if self.lr_scheduler is None:
             made = cast(Optimizer, optimizer or self.optimizer)
-            self.lr_scheduler = decay_in_recovery(self.args, self.oto_config, made, num_training_steps)
+            self.lr_scheduler = scheduler_of(self.args, self.oto_config, made, num_training_steps)
             self._created_lr_scheduler = self.lr_scheduler is not None
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -293,6 +294,11 @@ class PruningTrainer(TaughtTrainer):
     def _at_target(self) -> bool:
         """Whether evaluations are of a model that is as small as it was asked for."""
         return self.hspg is None or self.hspg.target_reached or self.oto_config.target_sparsity is None
+
+    @property
+    def _at_a_size(self) -> bool:
+        """Whether the model is as small as the target or a milestone asks for, no more groups and no fewer."""
+        return self._at_target or cast(HSPG, self.hspg).milestone_reached is not None
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         return self._at_target and super()._determine_best_metric(metrics, trial)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..report.card import CAPTIONS, card_section
+from ..report.milestones import sizes_picture
 from ..report.pictures import training_entries
 from ..report.summary import summarize
 from .trainer import OTOTrainer
@@ -131,6 +132,8 @@ class _PruningTrainer(OTOTrainer):
             return
         logged = [entry for entry in self.state.log_history if any(name.startswith("eval_") for name in entry)]
         drawn = list(CAPTIONS)[: 2 if training_entries(self.state.log_history) else 1]
+        sizes = self._sizes()
+        drawn += list(sizes_picture(sizes, self.args.metric_for_best_model))
         repo_id = self.hub_model_id or self._output_dir
         section = card_section(
             summarize(self._part(), sequence_length=config.sequence_length, latency_table=config.latency_table),
@@ -141,6 +144,7 @@ class _PruningTrainer(OTOTrainer):
             pictures=drawn if importlib.util.find_spec("matplotlib") else (),
             scores=logged[-1] if logged else None,
             dense_scores=dense_scores,
+            sizes=sizes,
         )
         card = ModelCard.load(path)
         before, heading, rest = card.text.partition(_TRAINING)

@@ -15,6 +15,7 @@ from ..config import OTOConfig
 from ..models.empty_models import auto_class_of
 from ..models.sharding import is_sharded
 from ..report.card import card_section, figures, leaderboard_results, save_figures
+from ..report.milestones import Size, sizes_picture
 from ..report.summary import summarize
 
 
@@ -45,6 +46,8 @@ def complete_card(
     plain: bool,
     said: Mapping[str, Any],
     dense_scores: Mapping[str, float] | None,
+    sizes: Sequence[Size] = (),
+    chosen: str | None = None,
 ) -> None:
     """
     Add to the card that Trainer has written what was removed and how to load the model, with pictures beside it.
@@ -58,8 +61,10 @@ def complete_card(
         plain (`bool`): Whether it is of its family's own class, and needs no code.
         said (`Mapping[str, Any]`): Arguments of [`Trainer.create_model_card`].
         dense_scores (`Mapping[str, float]`, *optional*): Metrics of the dense model.
+        sizes (`Sequence[Size]`, *optional*): All that the run has finished.
+        chosen (`str`, *optional*): The metric that chooses the best model.
     """
-    drawn = pictures(model, config, log_history)
+    drawn = pictures(model, config, log_history) | sizes_picture(sizes, chosen)
     save_figures(drawn, path.parent)
     logged = [entry for entry in log_history if any(name.startswith("eval_") for name in entry)]
     summary = summarize(model, sequence_length=config.sequence_length, latency_table=config.latency_table)
@@ -71,6 +76,7 @@ def complete_card(
         pictures=tuple(drawn),
         scores=logged[-1] if logged else None,
         dense_scores=dense_scores,
+        sizes=sizes,
     )
     card = ModelCard.load(path)
     ids = card.data.datasets or []

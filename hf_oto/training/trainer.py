@@ -17,18 +17,18 @@ from ..models.saved_names import own_names
 from ..models.sharding import gather, is_sharded
 from ..models.surgery import compress
 from ..report.card import save_figures
+from ..report.milestones import folder_name
 from . import checkpoints, showing
-from .checkpoints import CheckpointingTrainer
-from .hub import start_push
+from .hub import push_sizes, start_push
+from .milestones import MilestonesTrainer
 from .pruned_part import save_beside
-from .pruning import PruningTrainer
 from .saving import explaining, finish, replacing
 from .zeros import check_size
 
 logger = logging.get_logger(__name__)
 
 
-class OTOTrainer(PruningTrainer, CheckpointingTrainer):
+class OTOTrainer(MilestonesTrainer):
     r"""
     [`Trainer`], with one more argument: it drives attention heads and FFN neurons to zero while it trains, and saves a
     model without them.
@@ -92,6 +92,8 @@ class OTOTrainer(PruningTrainer, CheckpointingTrainer):
     def _keep_for_later(self) -> None:
         """At the end of a run that stopped before its target: a checkpoint, and no model that looks finished."""
         hspg = cast(HSPG, self.hspg)
+        passed = ", ".join(folder_name(share) for share in self._finished())
+        finished = f" The sizes {passed} are finished, each in its folder." if passed else ""
         kept = "Nothing is saved, as `save_strategy` or `save_only_model` asks for"
         if self.args.save_strategy != SaveStrategy.NO and not self.args.save_only_model:
             if self._newest_checkpoint != self.state.global_step:
@@ -103,6 +105,7 @@ class OTOTrainer(PruningTrainer, CheckpointingTrainer):
         logger.warning(
             f"Training stopped at step {hspg.steps_done} of {hspg.schedule.total_steps}, in stage {hspg.stage!r}. "
             f"`target_sparsity`={self.oto_config.target_sparsity} is not reached: no small model is written. {kept}."
+            f"{finished}"
         )
 
     # Saving.
@@ -115,7 +118,7 @@ class OTOTrainer(PruningTrainer, CheckpointingTrainer):
         Raises:
             `ValueError`: The cut model does not compute what the one in training computes.
         """
-        if self.hspg is not None and not self._at_target:
+        if self.hspg is not None and not self._at_a_size:
             logger.warning(
                 f"The target is not reached at step {self.hspg.steps_done} (stage {self.hspg.stage!r}): the model is "
                 f"larger than `target_sparsity`={self.oto_config.target_sparsity} asks for."
@@ -130,8 +133,8 @@ class OTOTrainer(PruningTrainer, CheckpointingTrainer):
 
     @property
     def _is_plain(self) -> bool:
-        """Whether the small model is of its family's own class: on the way to the target its blocks may differ."""
-        return self.oto_config.uniform and self._at_target
+        """Whether the small model is of its family's own class: on the way to a size its blocks may differ."""
+        return self.oto_config.uniform and self._at_a_size
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
@@ -139,7 +142,8 @@ class OTOTrainer(PruningTrainer, CheckpointingTrainer):
         matplotlib. A model around it is saved as Trainer saves it, with the small part in it, and the part beside it
         in a folder of its own. A training checkpoint is saved full-size.
 
-        The folder gets all of its files or none. What else is in it stays.
+        The folder gets all of its files or none. What else is in it stays. Milestones that the run has passed are in
+        folders of their names in it (`0.30`), each a model that `from_pretrained` loads.
 
         Raises:
             `ValueError`: The cut model does not compute what the one in training computes, or has more left than what
@@ -150,6 +154,7 @@ class OTOTrainer(PruningTrainer, CheckpointingTrainer):
             self._save_full(output_dir)
             return
         self._save_small(output_dir or self._output_dir)
+        self._copy_milestones(Path(self._output_dir), Path(output_dir or self._output_dir))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -172,7 +177,7 @@ class OTOTrainer(PruningTrainer, CheckpointingTrainer):
         with replacing(Path(folder)) as unfinished:
             small = small or cast(PreTrainedModel, self.compressed_model())
             check_size(small, self.hspg)
-            pictures = self._pictures(small if is_sharded(self._part()) else None)
+            pictures, size = self._pictures(small if is_sharded(self._part()) else None), self._present_size(small)
             full, whole, part = self.model, self._whole_model(), self._part()
             self.model = cast(Any, self.put_back(whole, small))
             try:
@@ -184,6 +189,8 @@ class OTOTrainer(PruningTrainer, CheckpointingTrainer):
                     self.put_back(whole, part)
                 self.model = full
             save_figures(pictures, unfinished)
+            if size is not None:
+                size.save(unfinished)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -203,7 +210,50 @@ class OTOTrainer(PruningTrainer, CheckpointingTrainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._save_small(self._output_dir)
         repo_id, step = cast(str, self.hub_model_id), self.state.global_step
-        self.push_in_progress = cast(Any, start_push(self.args, repo_id, step, checkpoint_folder))
+        beside = [folder_name(share) for share in self.oto_config.milestones]
+        self.push_in_progress = cast(Any, start_push(self.args, repo_id, step, checkpoint_folder, beside))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        milestones: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        As [`Trainer.push_to_hub`]. Of a run with milestones the last model is pushed.
+
+        Args:
+            milestones (`bool`, *optional*, defaults to `False`):
+                Whether each milestone's model is pushed as well, to a branch of its name:
+                `from_pretrained(repo_id, revision="0.30")` loads it.
+        """
+        if not self.oto_config.milestones:
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        repo_id = cast(str, self.hub_model_id)
+        self.create_model_card(**{"model_name": repo_id.rpartition("/")[2], **kwargs})
+        self._finish_current_push()
+        return push_sizes(
+            self.args,
+            repo_id,
+            {folder_name(share): self._milestone_folder(share) for share in self._finished()},
+            branches=milestones,
+            message=commit_message or "End of training",
+            token=token,
+            revision=revision,
+            blocking=blocking,
+        )
 
     def create_model_card(self, *args: Any, dense_metrics: Mapping[str, float] | None = None, **kwargs: Any) -> None:
         """
@@ -226,4 +276,6 @@ class OTOTrainer(PruningTrainer, CheckpointingTrainer):
                 plain=self._is_plain,
                 said=inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments,
                 dense_scores=dense_metrics,
+                sizes=self._sizes(),
+                chosen=self.args.metric_for_best_model,
             )

@@ -261,7 +261,7 @@ def test_the_target_is_met_in_every_currency(run):
     schedule = Schedule.from_config(config, 200)
     for boundary in schedule.boundaries[:-1]:
         score = torch.rand(alive.numel(), generator=generator)
-        share = allowance(schedule.share(boundary, config.target_sparsity), total)
+        share = allowance(schedule.share(boundary), total)
         gone = gone_of(alive)
         alive &= ~select_groups(score, cost, array_of, alive, share - gone, limits[:, 0], limits[:, 1])
         assert gone_of(alive) <= share

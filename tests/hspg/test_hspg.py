@@ -445,7 +445,7 @@ def test_zeros_come_at_the_periods_end_and_stay(name, base, way):
                 int((now[a.layer, a.kind] == ZERO).sum()) * budget.group_cost(optimizer.partition, a.kind, "params", 1)
                 for a in arrays
             )
-            share = schedule.share(step, 0.5)
+            share = schedule.share(step)
             head = budget.group_cost(optimizer.partition, "heads", "params", 1)
             assert 0 <= share * total - removed < head  # which, at the most, did not fit
     assert optimizer.target_reached and optimizer.stage == "recovery"

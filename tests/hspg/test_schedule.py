@@ -48,9 +48,9 @@ def test_what_a_selection_has_forgotten_is_not_observed():
 
 
 def test_the_share_is_a_cubic_ramp():
-    schedule = Schedule.from_config(OTOConfig(pruning_periods=4), 100)
+    schedule = Schedule.from_config(OTOConfig(target_sparsity=0.8, pruning_periods=4), 100)
     # s·(1 − (1 − j/4)³) with s = 0.8: 1 − 27/64, 1 − 8/64, 1 − 1/64, 1 of it
-    shares = [schedule.share(boundary, 0.8) for boundary in schedule.boundaries[:-1]]
+    shares = [schedule.share(boundary) for boundary in schedule.boundaries[:-1]]
     assert shares == pytest.approx([0.8 * 37 / 64, 0.8 * 56 / 64, 0.8 * 63 / 64, 0.8], rel=1e-12)
     assert shares[-1] == 0.8  # to the bit: the target itself
 
@@ -82,7 +82,7 @@ def test_a_short_run_has_as_many_periods_as_steps_of_pruning():
 )
 def test_every_period_has_a_step_and_an_end(total, warmup, length, periods, target):
     end = min(warmup + length, 1.0)
-    config = OTOConfig(pruning_start_ratio=warmup, pruning_end_ratio=end, pruning_periods=periods)
+    config = OTOConfig(target_sparsity=target, pruning_start_ratio=warmup, pruning_end_ratio=end, pruning_periods=periods)
     try:
         schedule = Schedule.from_config(config, total)
     except ValueError:
@@ -92,7 +92,7 @@ def test_every_period_has_a_step_and_an_end(total, warmup, length, periods, targ
     assert (first, last) == (round(warmup * total), round(end * total))
     starts = [step for step in range(total) if schedule.starts_period(step)]
     assert len(starts) == schedule.periods == min(periods, last - first)
-    shares = [schedule.share(step, target) for step in range(first, last)]
+    shares = [schedule.share(step) for step in range(first, last)]
     assert shares == sorted(shares) and shares[-1] == target
     left = [schedule.steps_left(step) for step in range(first, last)]
     assert left.count(1) == schedule.periods and min(left) == 1

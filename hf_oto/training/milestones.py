@@ -1,0 +1,206 @@
+"""A [`Trainer`] that keeps a finished model of every size which its run passes on the way to the target."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..models.sharding import is_sharded
+from ..report.milestones import FILE_NAME, Size, folder_name, sizes_picture
+from ..report.summary import summarize
+from .checkpoints import CheckpointingTrainer, name_of
+from .pruning import PruningTrainer
+from .saving import replacing
+
+logger = logging.get_logger(__name__)
+
+# In the log of every evaluation: the size that it is of, `None` while groups go. A name that Trainer's cards can show.
+_SIZE = "eval_milestone"
+
+
+class MilestonesTrainer(PruningTrainer, CheckpointingTrainer):
+    """
+    [`Trainer`] that writes the small model of a milestone into `output_dir` when its recovery ends, evaluated where
+    there is an `eval_dataset`. What else it knows of them it reads from the log and from their folders.
+    """
+
+    _kept_milestone: float | None = None  # of the last step that one was kept after
+    _began_in: Path | None = None  # where the checkpoint lay that the run goes on from
+
+    def _save_small(self, folder: str) -> None:
+        raise NotImplementedError
+
+    # On the way.
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: Tensor,
+        grad_norm: Any,
+        model: nn.Module,
+        trial: Any,
+        epoch: float,
+        ignore_keys_for_eval: list[str] | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        due = self.hspg.milestone_due if self.hspg is not None and self.oto_config.milestones else None
+        if due is not None and due != self._kept_milestone:
+            self._kept_milestone = due
+            if self.eval_dataset is not None and due == self.oto_config.target_sparsity:
+                self.control.should_evaluate = True
+            elif due != self.oto_config.target_sparsity and not self.state.is_hyper_param_search:
+                self._keep_milestone(due, trial, ignore_keys_for_eval)
+        super()._maybe_log_save_evaluate(
+            tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, *args, **kwargs
+        )
+
+    def _keep_milestone(self, share: float, trial: Any, ignore_keys: list[str] | None) -> None:
+        """Before a checkpoint of this step: whoever goes on from that finds the milestone's model."""
+        if self.eval_dataset is not None:
+            self._evaluate(trial, ignore_keys)
+            self.control.should_evaluate = False
+        with self._best_weights(share):
+            self._save_small(str(self._milestone_folder(share)))
+        self.accelerator.wait_for_everyone()
+
+    def _milestone_folder(self, share: float) -> Path:
+        return Path(self._output_dir, folder_name(share))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if self.oto_config.milestones and any(name.startswith("eval_") for name in logs):
+            reached = None if self.hspg is None else self.hspg.milestone_reached
+            self.state.log_history[-1][_SIZE] = cast(Any, reached)
+
+    # The best model of each size.
+
+    def _best_step(self, share: float) -> int | None:
+        """The step whose evaluation is the best of this size so far, if that is to be kept."""
+        metric = self.args.metric_for_best_model
+        if metric is None:
+            return None
+        metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+        return best_step(self.state.log_history, share, metric, greater=bool(self.args.greater_is_better))
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        reached = None if self.hspg is None else self.hspg.milestone_reached
+        if self._at_target or reached is None:
+            return super()._determine_best_metric(metrics, trial)
+        return self._best_step(reached) == self.state.global_step  # `state` knows one best model: the target's
+
+    def _best_checkpoint(self, run: Path) -> str | None:
+        reached = None if self.hspg is None else self.hspg.milestone_reached
+        if self._at_target or reached is None or not self.args.load_best_model_at_end:
+            return super()._best_checkpoint(run)
+        best = run / name_of(self._best_step(reached))
+        return str(best) if best.is_dir() else None
+
+    @contextmanager
+    def _best_weights(self, share: float) -> Iterator[None]:
+        """The model with the best weights of this size, where they are asked for; then again with the present ones."""
+        best = self._best_step(share) if self.args.load_best_model_at_end else None
+        if best is None or best == self.state.global_step:
+            yield
+            return
+        places = [Path(self._output_dir), *([self._began_in] if self._began_in is not None else [])]
+        found = [place / name_of(best) for place in places if (place / name_of(best)).is_dir()]
+        if not found:
+            logger.warning(
+                f"The best model of {folder_name(share)} was that of step {best}, whose checkpoint is not in "
+                f"{self._output_dir}: that of step {self.state.global_step} is kept."
+            )
+            yield
+            return
+        of_losses = (parameter for group in cast(Any, self.optimizer).param_groups for parameter in group["params"])
+        whole = self._whole_model()
+        held = {tensor: tensor.detach().clone() for tensor in (*whole.parameters(), *whole.buffers(), *of_losses)}
+        self._load_weights(str(found[0]), self.model_wrapped if self.is_fsdp_enabled else None)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in held.items():
+                    tensor.copy_(value)
+
+    # What there is.
+
+    def _finished(self) -> list[float]:
+        """The milestones that the run has passed."""
+        if self.hspg is None:
+            return []
+        return [leg.share for leg in self.hspg.schedule.legs[:-1] if leg.end <= self.hspg.steps_done]
+
+    def _sizes(self, small: PreTrainedModel | None = None) -> list[Size]:
+        """All sizes that the run has finished, and the one of the model as it is, if it is of a size."""
+        if not self.oto_config.milestones or self.hspg is None:
+            return []
+        reached = self.hspg.milestone_reached
+        passed = [Size.load(self._milestone_folder(share)) for share in self._finished() if share != reached]
+        return [size for size in (*passed, self._present_size(small)) if size is not None]
+
+    def _present_size(self, small: PreTrainedModel | None = None) -> Size | None:
+        share = None if self.hspg is None or not self.oto_config.milestones else self.hspg.milestone_reached
+        model = small or self._part()
+        if share is None or is_sharded(model):
+            return None
+        step = self._best_step(share) if self.args.load_best_model_at_end else None
+        found = [entry for entry in self.state.log_history if entry.get(_SIZE) == share]
+        step = step or int(found[-1]["step"] if found else self.state.global_step)
+        config = self.oto_config
+        summary = summarize(model, sequence_length=config.macs_sequence_length, latency_table=config.latency_table)
+        scores = {name: value for entry in found if entry["step"] == step for name, value in entry.items()}
+        return Size.of(share, step, summary, scores)
+
+    def _pictures(self, small: PreTrainedModel | None = None) -> dict[str, Any]:
+        return super()._pictures(small) | sizes_picture(self._sizes(small), self.args.metric_for_best_model)
+
+    # Keeping them.
+
+    def _copy_milestones(self, source: Path, target: Path, *, over: bool = True) -> None:
+        """Put the models of the milestones that are passed beside another model, each whole or not at all."""
+        if not self.args.should_save or source.resolve() == target.resolve():
+            return
+        for name in (folder_name(share) for share in self._finished()):
+            if (source / name / FILE_NAME).is_file() and (over or not (target / name).is_dir()):
+                with replacing(target / name) as unfinished:
+                    shutil.copytree(source / name, unfinished, dirs_exist_ok=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._kept_milestone, self._began_in = None, None if checkpoint is None else Path(checkpoint).parent
+        if self._began_in is None or not self.oto_config.milestones:
+            return
+        self._copy_milestones(self._began_in, Path(self._output_dir), over=False)
+        for share in self._finished():
+            if self.args.should_save and not self._milestone_folder(share).is_dir():
+                logger.warning(
+                    f"The model of milestone {share:g} is neither in {self._output_dir} nor beside {checkpoint}: it "
+                    f"was finished before, and this run does not make it again."
+                )
+
+
+def best_step(log_history: Sequence[Mapping[str, Any]], share: float, metric: str, *, greater: bool) -> int | None:
+    """
+    The step of the best evaluation of a size, the first one of equals; `None` if none has the metric.
+
+    Args:
+        log_history (`Sequence[Mapping[str, Any]]`): What the run has logged.
+        share (`float`): The size, by what was removed.
+        metric (`str`): As it is in the log.
+        greater (`bool`): Whether more of it is better.
+    """
+    best: tuple[float, int] | None = None
+    for entry in log_history:
+        if entry.get(_SIZE) == share and metric in entry:
+            value = entry[metric] if greater else -entry[metric]
+            if best is None or value > best[0]:
+                best = value, entry["step"]
+    return None if best is None else best[1]
