@@ -119,6 +119,37 @@ def test_wrong_type_is_refused(name, value, rule):
         OTOConfig(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("settings", "error", "rule"),
+    [
+        (
+            {"milestones": (0.5, 0.3)},
+            ValueError,
+            "must rise from above 0 to below `target_sparsity`=0.7, got [0.5, 0.3]",
+        ),
+        ({"milestones": (0.3, 0.3)}, ValueError, "must rise"),
+        ({"milestones": (0.3, 0.7)}, ValueError, "leave the target itself out"),
+        ({"milestones": (0.0, 0.3)}, ValueError, "must rise from above 0"),
+        ({"milestones": (1.5,)}, ValueError, "`milestones: a share` must be in [0, 1), got 1.5."),
+        ({"milestones": (0.3,), "target_sparsity": None}, ValueError, "need a `target_sparsity`"),
+        ({"milestones": 0.3}, TypeError, "must be a list of shares, as in (0.3, 0.5), got 0.3."),
+        ({"milestones": ("a third",)}, TypeError, "must be a number, got 'a third'."),
+    ],
+)
+def test_milestones_rise_to_the_target(settings, error, rule):
+    with pytest.raises(error, match=re.escape(rule)):
+        OTOConfig(**{"target_sparsity": 0.7, **settings})
+
+
+def test_milestones_come_from_lists_numpy_and_words():
+    for given_ in ([0.3, 0.5], np.array([0.3, 0.5]), (np.float64(0.3), 0.5)):
+        config = OTOConfig(target_sparsity=0.7, milestones=given_)
+        assert config.milestones == (0.3, 0.5) and OTOConfig.from_dict(config.to_dict()) == config
+    parser = HfArgumentParser(OTOConfig)
+    (read,) = parser.parse_args_into_dataclasses(["--target_sparsity", "0.7", "--milestones", "0.3", "0.5"])
+    assert read.milestones == (0.3, 0.5)
+
+
 def test_limits_are_allowed():
     OTOConfig(
         target_sparsity=0, pruning_start_ratio=0.0, pruning_end_ratio=1, epsilon=0, lmbda=0, min_heads=0, min_neurons=0

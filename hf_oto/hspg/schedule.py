@@ -168,6 +168,6 @@ def _too_short(config: OTOConfig, total_steps: int, share: float, steps: int) ->
     remedy = ", name fewer `milestones`" if config.milestones else ""
     return (
         f"Pruning needs at least 1 step, but a run of {total_steps} steps{part} has none between "
-        f"`pruning_start_ratio`={config.pruning_start_ratio} and `pruning_end_ratio`={config.pruning_end_ratio}. Train "
-        f"longer{remedy}, or move the two apart."
+        f"`pruning_start_ratio`={config.pruning_start_ratio} and `pruning_end_ratio`={config.pruning_end_ratio}. "
+        f"Train longer{remedy}, or move the two apart."
     )

@@ -65,8 +65,9 @@ class MilestonesTrainer(PruningTrainer, CheckpointingTrainer):
     def _keep_milestone(self, share: float, trial: Any, ignore_keys: list[str] | None) -> None:
         """Before a checkpoint of this step: whoever goes on from that finds the milestone's model."""
         if self.eval_dataset is not None:
+            logs = self.control.should_log  # which an evaluation takes for done
             self._evaluate(trial, ignore_keys)
-            self.control.should_evaluate = False
+            self.control.should_log, self.control.should_evaluate = logs, False
         with self._best_weights(share):
             self._save_small(str(self._milestone_folder(share)))
         self.accelerator.wait_for_everyone()
@@ -155,7 +156,7 @@ class MilestonesTrainer(PruningTrainer, CheckpointingTrainer):
         found = [entry for entry in self.state.log_history if entry.get(_SIZE) == share]
         step = step or int(found[-1]["step"] if found else self.state.global_step)
         config = self.oto_config
-        summary = summarize(model, sequence_length=config.macs_sequence_length, latency_table=config.latency_table)
+        summary = summarize(model, sequence_length=config.sequence_length, latency_table=config.latency_table)
         scores = {name: value for entry in found if entry["step"] == step for name, value in entry.items()}
         return Size.of(share, step, summary, scores)
 

@@ -61,7 +61,9 @@ class Note(TrainerCallback):
             self.trainer.die(STEP)
 
 
-def make(folder: Path, extra=None, dropout: bool = False, name: str = NAME, **options) -> Mortal:
+def make(
+    folder: Path, extra=None, dropout: bool = False, name: str = NAME, config: OTOConfig = CONFIG, **options
+) -> Mortal:
     torch.set_num_threads(1)
     model = tiny_model(name, **({} if dropout else NO_DROPOUT))
     model = model.double() if DOUBLE in sys.argv else model
@@ -76,7 +78,7 @@ def make(folder: Path, extra=None, dropout: bool = False, name: str = NAME, **op
         args=arguments,
         train_dataset=[{key: value[row] for key, value in rows.items()} for row in range(64)],
         compute_loss_func=None if {"labels", "start_positions"} & rows.keys() else squares,
-        oto_config=replace(CONFIG, shrink_during_training=SHRINKS in sys.argv),
+        oto_config=replace(config, shrink_during_training=SHRINKS in sys.argv or config.shrink_during_training),
         callbacks=[note, *(extra or [])],
     )
     note.trainer.note = note

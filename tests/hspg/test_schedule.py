@@ -82,7 +82,9 @@ def test_a_short_run_has_as_many_periods_as_steps_of_pruning():
 )
 def test_every_period_has_a_step_and_an_end(total, warmup, length, periods, target):
     end = min(warmup + length, 1.0)
-    config = OTOConfig(target_sparsity=target, pruning_start_ratio=warmup, pruning_end_ratio=end, pruning_periods=periods)
+    config = OTOConfig(
+        target_sparsity=target, pruning_start_ratio=warmup, pruning_end_ratio=end, pruning_periods=periods
+    )
     try:
         schedule = Schedule.from_config(config, total)
     except ValueError:
@@ -99,3 +101,39 @@ def test_every_period_has_a_step_and_an_end(total, warmup, length, periods, targ
     # It counts down to 1, and a period starts anew.
     for step, (now, then) in enumerate(zip(left, left[1:], strict=False), start=first):
         assert then == now - 1 if now > 1 else schedule.starts_period(step + 1)
+
+
+def test_a_leg_for_every_size():
+    """Of 3 sizes the first gets two of four parts; the later ones have no warm-up, and 45 : 40 of pruning stays."""
+    config = OTOConfig(target_sparsity=0.7, milestones=(0.3, 0.5), pruning_periods=2)
+    schedule = Schedule.from_config(config, 400)
+    assert [(leg.before, leg.share, leg.start, leg.boundaries, leg.end) for leg in schedule.legs] == [
+        (0.0, 0.3, 0, (30, 75, 120), 200),
+        (0.3, 0.5, 200, (200, 226, 253), 300),
+        (0.5, 0.7, 300, (300, 326, 353), 400),
+    ]
+    stages = [schedule.stage(step) for step in (29, 30, 119, 120, 199, 200, 252, 253, 299, 300, 353, 400)]
+    assert stages == ["warmup", *["pruning", "pruning", "recovery", "recovery"] * 2, "pruning", "recovery", "recovery"]
+    assert [schedule.share(step) for step in (30, 75, 200, 226, 300, 352)] == [
+        *(pytest.approx(0.3 * 7 / 8), 0.3, pytest.approx(0.3 + 0.2 * 7 / 8), 0.5),
+        *(pytest.approx(0.5 + 0.2 * 7 / 8), 0.7),
+    ]
+    reached = {step: schedule.reached(step) for step in (119, 120, 200, 201, 252, 253, 300, 352, 353, 400, 500)}
+    assert reached == {
+        **{119: None, 120: 0.3, 200: 0.3, 201: None, 252: None, 253: 0.5, 300: 0.5, 352: None},
+        **{353: 0.7, 400: 0.7, 500: 0.7},
+    }
+    assert {step: schedule.finished(step) for step in range(401) if schedule.finished(step)} == {
+        **{200: 0.3, 300: 0.5, 400: 0.7},
+    }
+    assert [step for step in range(121, 401) if schedule.observed(step, 1, 0.5)] == [
+        step for selection in (200, 226, 300, 326) for step in range(selection - 6, selection + 1)
+    ]
+    assert [step for step in range(401) if schedule.period_end(step)] == [75, 120, 226, 253, 326, 353]
+
+
+def test_a_leg_without_a_step_of_pruning_is_refused():
+    config = OTOConfig(target_sparsity=0.7, milestones=(0.3, 0.5))
+    with pytest.raises(ValueError, match="a run of 3 steps, of which 0 lead to 0.5, has none .* fewer `milestones`"):
+        Schedule.from_config(config, 3)
+    assert Schedule.from_config(config, 8).periods == 1

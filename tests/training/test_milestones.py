@@ -1,0 +1,208 @@
+"""One run that keeps a finished model of every size on its way: what it writes, when, and what it goes on from."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from families import counts, largest_difference, outputs
+from runs import differences, held
+from runs import make as make_run
+from short_runs import CONFIG, StopAt, make
+from transformers import AutoModelForQuestionAnswering, BertConfig, TrainerCallback
+
+from hf_oto import OTOTrainer
+from hf_oto.report.milestones import Size, folder_name, plotted_score, sizes_table
+from hf_oto.training.milestones import best_step
+
+STEPS = 24  # legs end after 12, 18 and 24: the first prunes in the steps 2 … 7, those after in three steps each
+SIZES = replace(CONFIG, target_sparsity=0.7, milestones=(0.3, 0.5), pruning_periods=2)
+
+
+def read(folder):
+    return AutoModelForQuestionAnswering.from_pretrained(folder)
+
+
+def numbers(folder):
+    return json.loads((folder / "milestone.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run that shrinks and keeps one checkpoint, and what it held when its milestones ended."""
+    folder, seen = tmp_path_factory.mktemp("milestones"), {}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            share = trainer.hspg.milestone_due
+            if share is not None:
+                seen[share] = outputs(trainer.model.eval())
+
+    trainer = make(
+        folder / "run",
+        config=replace(SIZES, shrink_during_training=True),
+        extra={"callbacks": [Look()]},
+        save_strategy="steps",
+        save_steps=4,
+        save_total_limit=1,
+        logging_steps=1,
+    )
+    trainer.train()
+    trainer.save_model(str(folder / "small"))
+    return folder, trainer, seen
+
+
+def test_every_size_loads_and_computes_what_was_trained(trained):
+    folder, trainer, seen = trained
+    assert list(seen) == [0.3, 0.5, 0.7]
+    kept = []
+    for share, name in ((0.3, "0.30"), (0.5, "0.50"), (0.7, "")):
+        for place in ("run", "small"):
+            assert largest_difference(outputs(read(folder / place / name)), seen[share]) <= 1e-5
+        kept.append(sum(sum(block) for block in counts(read(folder / "small" / name))))
+        assert numbers(folder / "small" / name)["share"] == share
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == 3
+    assert {path.name for path in (folder / "run").glob("checkpoint-*")} == {"checkpoint-24"}
+
+
+def test_the_log_says_what_each_evaluation_is_of(trained):
+    _, trainer, _ = trained
+    log = trainer.state.log_history
+    assert [(e["step"], e["eval_milestone"]) for e in log if "eval_loss" in e] == [(12, 0.3), (18, 0.5), (24, 0.7)]
+    aims = {e["step"]: e["milestone"] for e in log if "milestone" in e}
+    assert [step for step in aims if aims.get(step - 1, 0.3) != aims[step]] == [12, 18]  # as the next stage is
+
+
+def test_the_rate_falls_to_every_size_and_rises_again(trained, tmp_path):
+    """As Trainer's own schedule of a run of 12 steps, and of 6 twice."""
+    _, trainer, _ = trained
+    rates = [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e]
+    assert rates == pytest.approx([3e-3 * left / leg for leg in (12, 6, 6) for left in range(leg, 0, -1)])
+    stable = make(tmp_path, config=SIZES, lr_scheduler_type="warmup_stable_decay", warmup_steps=1 / 6, logging_steps=1)
+    stable.train()
+    rates = [e["learning_rate"] / 3e-3 for e in stable.state.log_history if "learning_rate" in e]
+    later = [0, 1, 1, 1, 2 / 3, 1 / 3]
+    assert rates == pytest.approx([0, 0.5, *[1.0] * 6, 0.8, 0.6, 0.4, 0.2, *later, *later][: len(rates)])
+
+
+def test_the_card_has_a_table_and_a_picture_of_all_sizes(trained):
+    folder, trainer, _ = trained
+    trainer.create_model_card()
+    text = (folder / "run" / "README.md").read_text()
+    section = text[text.index("## Every size of this run") : text.index("## How to load it")]
+    for share, name in ((0.3, "0.30"), (0.5, "0.50"), (0.7, "")):
+        found = numbers(folder / "run" / name)
+        line = next(line for line in section.splitlines() if line.startswith(f"| {folder_name(share)}"))
+        assert f"{found['weights']:.1%}" in line and f"{found['scores']['eval_loss']:.4g}" in line
+    assert "(milestones.png)" in section and (folder / "run" / "milestones.png").stat().st_size > 1000
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """They take longer than the training."""
+    monkeypatch.setattr(OTOTrainer, "_pictures", lambda self, small=None: {})
+
+
+def test_resuming_is_exact_from_every_stage(tmp_path, caplog, no_pictures):
+    """Elsewhere: milestones that were passed before are taken from beside the checkpoint."""
+    options = {"dropout": True, "config": replace(SIZES, shrink_during_training=True), "max_steps": STEPS}
+    whole = make_run(tmp_path / "whole", save_steps=1, **options)
+    whole.train()
+    for stop in (1, 5, 9, 12, 13, 16, 20):
+        resumed = make_run(tmp_path / f"from-{stop}", save_strategy="no", **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
+        assert differences(held(resumed), held(whole)) == [], stop
+        for name in ("0.30", "0.50"):
+            for file in ("model.safetensors", "config.json", "milestone.json"):
+                mine, theirs = (tmp_path / place / name / file for place in (f"from-{stop}", "whole"))
+                assert mine.read_bytes() == theirs.read_bytes(), (stop, name, file)
+    shutil.rmtree(tmp_path / "whole" / "0.30")
+    late = make_run(tmp_path / "late", save_strategy="no", **options)
+    late.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-20"))
+    assert "The model of milestone 0.3 is neither in" in caplog.text
+    assert not (tmp_path / "late" / "0.30").exists() and (tmp_path / "late" / "0.50").is_dir()
+
+
+class Scripted(OTOTrainer):
+    """The evaluation after each step is as good as the script says: best while the model is still large."""
+
+    losses = dict.fromkeys(range(STEPS + 1), 9.0) | {3: 0.0, 9: 1.0, 12: 2.0, 14: 0.0, 18: 4.0, 22: 7.0, 24: 8.0}
+    seen: dict = {}
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = super().evaluation_loop(*args, **kwargs)
+        output.metrics["eval_loss"] = self.losses[self.state.global_step]
+        self.seen[self.state.global_step] = outputs(self.model.eval())
+        return output
+
+
+def test_each_size_is_the_best_of_its_recovery_and_training_goes_on_from_the_last(tmp_path, no_pictures):
+    options = {"kind": Scripted, "config": SIZES, "eval_strategy": "steps", "eval_steps": 1}
+    plain = make(tmp_path / "plain", save_strategy="steps", save_steps=STEPS, **options)
+    plain.train()
+    trainer = make(
+        tmp_path / "run",
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=False,
+        **options,
+    )
+    trainer.train()
+    for name, step in {"0.30": 9, "0.50": 18, "": 22}.items():
+        assert numbers(tmp_path / "run" / name)["step"] == step
+        assert largest_difference(outputs(read(tmp_path / "run" / name)), Scripted.seen[step]) <= 1e-5, name
+    last = read(tmp_path / "run" / "checkpoint-24"), read(tmp_path / "plain" / "checkpoint-24")
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in last), strict=True))
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-22", "checkpoint-24"}
+
+
+def test_a_run_that_stops_between_milestones_says_which_sizes_are_finished(tmp_path, caplog, no_pictures):
+    trainer = make(tmp_path, config=SIZES, save_strategy="steps", save_steps=50, extra={"callbacks": [StopAt(14)]})
+    trainer.train()
+    assert "The sizes 0.30 are finished, each in its folder." in caplog.text
+    assert not (tmp_path / "config.json").exists() and read(tmp_path / "0.30")
+
+
+def test_milestones_of_equal_blocks_are_of_the_familys_own_class(tmp_path, no_pictures):
+    config = replace(SIZES, uniform=True, structures=("neurons",))
+    make(tmp_path, config=config, save_strategy="steps", save_steps=50, max_steps=STEPS).train()
+    widths = [BertConfig.from_pretrained(tmp_path / name).intermediate_size for name in ("0.30", "0.50", "")]
+    assert widths == [20, 12, 8]  # of 24, in fours
+    assert json.loads((tmp_path / "0.30" / "config.json").read_text())["model_type"] == "bert"
+
+
+@pytest.mark.parametrize("scheduler", ["reduce_lr_on_plateau", "greedy"])
+def test_a_rate_that_never_rises_again_is_refused(scheduler, tmp_path):
+    options = {"lr_scheduler_type": scheduler, "metric_for_best_model": "loss", "eval_strategy": "steps"}
+    with pytest.raises(ValueError, match=rf"`lr_scheduler_type`='{scheduler}' goes by evaluations and never rises"):
+        make(tmp_path, config=SIZES, **options).train()
+
+
+def test_the_best_step_is_of_its_size_and_the_first_of_equals():
+    log = [
+        {"step": 1, "eval_loss": 0.1, "eval_milestone": None},
+        {"step": 2, "eval_loss": 0.5, "eval_milestone": 0.3},
+        {"step": 3, "eval_loss": 0.4, "eval_milestone": 0.3},
+        {"step": 4, "eval_loss": 0.4, "eval_milestone": 0.3},
+        {"step": 5, "eval_loss": 0.2, "eval_milestone": 0.5},
+    ]
+    assert best_step(log, 0.3, "eval_loss", greater=False) == 3 and best_step(log, 0.3, "eval_loss", greater=True) == 2
+    assert best_step(log, 0.5, "eval_f1", greater=True) is None
+
+
+def test_names_and_columns():
+    assert [folder_name(share) for share in (0.3, 0.55, 0.125, 1 / 3)] == ["0.30", "0.55", "0.125", repr(1 / 3)]
+    scores = {"eval_loss": 1.0, "eval_f1": 61.234}
+    small = Size(0.5, 7, 0.5, 0.6, 0.75, 10, scores)
+    assert plotted_score([small], None) == "eval_f1" and plotted_score([small], "loss") == "eval_loss"
+    header, _, line = sizes_table([small]).splitlines()
+    assert [part.strip() for part in header.strip("|").split("|")] == [
+        *("removed", "weights kept", "MACs kept", "latency", "loss", "f1", "parameters", "step"),
+    ]
+    assert [part.strip() for part in line.strip("|").split("|")] == [
+        *("0.50", "50.0%", "60.0%", "75.0%", "1", "61.23", "10", "7"),
+    ]
