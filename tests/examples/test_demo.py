@@ -3,12 +3,15 @@
 import json
 import random
 import re
+import subprocess
 from collections import Counter, defaultdict
 from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
 from demo import run_demo, scratch, synthetic, topics
+from forking import forking
 from transformers import AutoConfig, AutoTokenizer
 
 SIZES = {"train": 400, "dev": 150}
@@ -214,9 +217,14 @@ def test_a_run_that_fails_leaves_the_last_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_runs_from_end_to_end(tmp_path, capfd):
+def test_the_demo_runs_from_end_to_end(tmp_path, capfd, monkeypatch):
+    """What is loaded in the end is loaded by a new interpreter."""
     target = tmp_path / "build" / "demo"
-    rows = run_demo.main(["--output_dir", str(target), "--steps", "24", "--eval_paragraphs", "10"])
+    with forking() as run:
+        ways = {True: run, False: subprocess.run}
+        trains = SimpleNamespace(run=lambda command, **options: ways["--do_train" in command](command, **options))
+        monkeypatch.setattr(processes, "subprocess", trains)
+        rows = run_demo.main(["--output_dir", str(target), "--steps", "24", "--eval_paragraphs", "10"])
     shown = capfd.readouterr().out
     assert json.loads((target / "results.json").read_text()) == rows
     dense, pruned = rows["dense"], rows["pruned"]

@@ -1,12 +1,15 @@
 """The frontier: which runs it plans, what it makes of their numbers, and a tiny one from end to end."""
 
 import json
+from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
 from benchmarks import frontier
 from benchmarks.frontier import DISTILLED, METHODS, Run, by_method, cut, plan, plot, result_table, retained, spread
 from families import counts, tiny_model, zero
+from forking import forking
 from rich.console import Console
 from transformers import AutoModelForQuestionAnswering
 
@@ -79,7 +82,13 @@ def test_the_cut_by_norm_takes_the_least_groups_and_leaves_all_else():
 
 
 @pytest.mark.slow
-def test_a_tiny_frontier_from_end_to_end(tmp_path, capfd):
+def test_a_tiny_frontier_from_end_to_end(tmp_path, capfd, monkeypatch):
+    with forking() as run:
+        monkeypatch.setattr(processes, "subprocess", SimpleNamespace(run=run))
+        a_tiny_frontier(tmp_path, capfd)
+
+
+def a_tiny_frontier(tmp_path, capfd):
     methods = ["hspg", "hspg+teacher", "published", "one-shot", "layers+teacher"]
     command = ["--output_dir", str(tmp_path / "out"), "--steps", "24", "--eval_paragraphs", "5", "--seeds", "0"]
     command += ["--targets", "0.5", "--methods", *methods, "--keep_models"]
