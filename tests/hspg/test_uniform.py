@@ -184,6 +184,15 @@ def test_the_card_and_the_pictures_are_of_what_is_saved(tmp_path):
     assert " ".join(card.split()).count("| 16 | 24 |") == 3  # neurons of every layer
 
 
+def test_every_milestone_is_of_the_familys_own_class(tmp_path):
+    config = OTOConfig(target_sparsity=0.7, milestones=(0.4,), pruning_periods=2, **NEURONS)
+    make(tmp_path, config=config, save_strategy="steps", save_steps=12).train()
+    for folder, neurons in ((tmp_path / "0.40", 16), (tmp_path, 8)):
+        small = transformers.AutoModelForQuestionAnswering.from_pretrained(folder)
+        assert type(small).__name__ == "BertForQuestionAnswering" and counts(small) == [(4, neurons)] * 3
+        assert not list(folder.glob("*.py"))
+
+
 def test_heads_go_where_a_config_has_a_head_size():
     model = tiny_model("Qwen3ForQuestionAnswering")
     config = OTOConfig(target_sparsity=0.5, uniform=True, min_neurons=4, round_to=4, pruning_periods=2)
