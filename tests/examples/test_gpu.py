@@ -46,7 +46,8 @@ def test_numbers_stand_beside_their_bars(capsys):
 @pytest.mark.parametrize("written", [False, True])
 def test_a_report_of_tests_names_what_failed(written, tmp_path):
     report, log = tmp_path / "report.xml", tmp_path / "log"
-    log.write_text("Killed")
+    said = "contract_a.py::a PASSED [ 33%]\ncontract_a.py::b[1-x] FAILED [ 66%]\ncontract_a.py::c "
+    log.write_text(said)
     if written:
         cases = '<testcase name="a" time="2"/><testcase name="b" time="1"><failure>why</failure></testcase>'
         report.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
@@ -54,4 +55,16 @@ def test_a_report_of_tests_names_what_failed(written, tmp_path):
     if written:
         assert found == {"passed": 1, "skipped": 0, "failed": {"b": "why"}, "seconds": 3}
     else:
-        assert found == {"error": "pytest did not come to its end", "trace": "Killed"}
+        counted = {"passed": 1, "skipped": 0, "failed": {"b[1-x]": "see the trace"}}
+        assert found == {**counted, "error": "pytest did not come to its end", "trace": said}
+
+
+def test_half_of_the_time_is_measured_against_what_was_asked(tmp_path):
+    """On the processor, where a small model is timed."""
+    options = options_of(tmp_path)
+    gpu.latency_target(options, deadline=float("inf"))
+    found = lines_of(options)
+    assert [(line["batch"], line["method"], line["whole"]) for line in found] == [(1, "clock", []), (2, "clock", [])]
+    for line in found:
+        assert line["ratio"] == pytest.approx(abs(line["measured"] - 0.8) / 0.8)
+        assert line["kept"] != [[4, 128]] * 3 and len(line["kept"]) == 3

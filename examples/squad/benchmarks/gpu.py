@@ -5,9 +5,10 @@ It needs no network and at most `--seconds`. Every part runs in processes of its
 what is found is appended to `--output` at once, as JSON lines, and is shown as a table at the end. A part that fails
 costs itself. `--small` takes tiny models and few steps, to try the command where there is no GPU.
 
-Parts: `contracts` (tests/accelerator in float32, bf16 and fp16 with a scaler, one rank of NCCL, torch.compile),
-`steps` (the optimizer's step over fused AdamW, the step of a training over plain Trainer's, peak memory), `runs`
-(whole runs over the dense one), `latency` (dense over pruned by the device's own time).
+Parts, the shortest answers first: `half` (tests/accelerator trained in bf16, in fp16 with a scaler, and compiled),
+`runs` (whole runs over the dense one), `steps` (the optimizer's step over fused AdamW, the step of a training over
+plain Trainer's, peak memory), `latency-target` (asked for half of the time, by a table measured there: what it is),
+`latency` (dense over pruned by the device's own time), `contracts` (tests/accelerator in float32, one rank of NCCL).
 """
 
 import argparse
@@ -15,6 +16,8 @@ import gc
 import json
 import os
 import platform
+import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -37,12 +40,12 @@ from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForQuestionAnswering, Trainer, TrainerCallback, TrainingArguments
 
-from hf_oto import HSPG, OTOConfig, OTOTrainer, compress, partition
+from hf_oto import HSPG, OTOConfig, OTOTrainer, compress, measure_latency, partition
 from hf_oto.deploy.benchmark import measure
 
 ROOT = Path(__file__).resolve().parents[3]
 # Of the time, the share of each part; and what each does with it.
-SHARES = {"contracts": 0.36, "steps": 0.16, "runs": 0.28, "latency": 0.20}
+SHARES = {"half": 0.20, "runs": 0.26, "steps": 0.13, "latency-target": 0.11, "latency": 0.14, "contracts": 0.16}
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 TINY = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
 RATES = {"lr": 1e-5, "fused": True}
@@ -52,6 +55,7 @@ BARS = {
     ("steps", "trainer", "recovery"): 1.03,
     ("steps", "trainer", "pruning"): 1.10,
     ("steps", "memory", "peak"): 1.03,
+    ("latency-target", "bfloat16", "50%"): 0.05,
     ("runs", "bfloat16", "50 %"): 1.05,
     ("runs", "float32", "50 %, shrinking"): 0.75,
     ("runs", "float32", "70 %, shrinking"): 0.62,
@@ -79,6 +83,7 @@ def parse(arguments: list[str] | None) -> Options:
     parser.add_argument("--small", action="store_true", help="Tiny models, few steps.")
     parser.add_argument("--output", type=Path, default=Path("build/gpu.jsonl"), help="JSON lines; build/gpu.jsonl.")
     parser.add_argument("--within", help=argparse.SUPPRESS)  # the part that this process is
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # by the clock that all processes share
     return parser.parse_args(arguments, namespace=Options())
 
 
@@ -116,57 +121,76 @@ def synchronize(options: Options) -> None:
 # The contracts.
 
 
+FOLDER = ROOT / "tests" / "accelerator"
+MODELS, TRAINING = (str(FOLDER / f"contract_{name}.py") for name in ("models", "training"))
+FIRST = f"{TRAINING}::test_a_run_saves_what_it_trained_and_resumes[BertForQuestionAnswering-"
+ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+# What is given to pytest, and what is set.
+JOBS: dict[str, dict[str, tuple[list[str], dict[str, str]]]] = {
+    "half": {
+        "training, bf16": ([TRAINING], {"HF_OTO_TEST_PRECISION": "bfloat16"}),
+        "training, fp16 with a scaler": ([TRAINING], {"HF_OTO_TEST_PRECISION": "float16"}),
+        "torch.compile": ([FIRST + "shrunk]"], {"HF_OTO_TEST_COMPILE": "1"}),
+    },
+    "contracts": {
+        "models, float32": ([MODELS], {}),
+        "training, float32": ([TRAINING], {}),
+        "one rank": ([FIRST + "full]", FIRST + "shrunk]"], ONE_RANK),
+    },
+}
+
+
 def contracts(options: Options, deadline: float) -> None:
-    """All at once: nothing is timed."""
-    folder = ROOT / "tests" / "accelerator"
-    models, training = (str(folder / f"contract_{name}.py") for name in ("models", "training"))
-    first = [
-        f"{training}::test_a_run_saves_what_it_trained_and_resumes[BertForQuestionAnswering-{size}]"
-        for size in ("full", "shrunk")
-    ]
-    one_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
-    jobs: dict[str, tuple[list[str], dict[str, str]]] = {
-        "models, float32": ([models], {}),
-        "training, float32": ([training], {}),
-        "training, bf16": ([training], {"HF_OTO_TEST_PRECISION": "bfloat16"}),
-        "training, fp16 with a scaler": ([training], {"HF_OTO_TEST_PRECISION": "float16"}),
-        "one rank": (first, one_rank),
-        "torch.compile": (first[1:], {"HF_OTO_TEST_COMPILE": "1"}),
-    }
-    if options.device == "cpu":  # a scaler is for CUDA
-        jobs.pop("training, fp16 with a scaler")
-    if options.small:
-        some = ["-k", "DistilBert or BertForQuestionAnswering-"]
-        jobs = {name: (words if words[0] in first else [*words, *some], more) for name, (words, more) in jobs.items()}
+    _run_tests(options, deadline, JOBS["contracts"])
+
+
+def half(options: Options, deadline: float) -> None:
+    _run_tests(options, deadline, JOBS["half"])
+
+
+def _run_tests(options: Options, deadline: float, jobs: dict[str, tuple[list[str], dict[str, str]]]) -> None:
+    """All at once, as nothing is timed; each is written down when it is done, or when the time is over."""
     reports = Path(tempfile.mkdtemp())
-    started: dict[str, Any] = {}
+    running: dict[str, tuple[Any, Path]] = {}
     for number, (name, (words, more)) in enumerate(jobs.items()):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *words]
+        if options.device == "cpu" and "scaler" in name:  # which is for CUDA
+            continue
+        some = (
+            ["-k", "DistilBert or BertForQuestionAnswering-"] if options.small and len(words[0]) < len(FIRST) else []
+        )
+        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", *words, *some]
         command += [f"--junitxml={reports / str(number)}.xml", "-o", "junit_logging=no"]
         environment = {**os.environ, "HF_OTO_TEST_DEVICE": options.device, **more, "PYTHONPATH": str(ROOT)}
         with (reports / f"{number}.log").open("wb") as log:
-            started[name] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-    for number, (name, process) in enumerate(started.items()):
-        begun = time.monotonic()
-        try:
-            process.wait(max(1.0, deadline - begun))
-            error = None
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            process.wait()
-            error = "not done in time"
-        write(
-            options,
-            part="contracts",
-            what=name,
-            **_report(reports / f"{number}.xml", reports / f"{number}.log", error),
-        )
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        running[name] = process, reports / str(number)
+    while running:
+        over = time.monotonic() > deadline - 5  # which it takes to report
+        for process, _ in running.values():
+            if over:
+                process.send_signal(signal.SIGINT)  # pytest then reports what it has
+        for name, (process, path) in list(running.items()):
+            try:
+                process.wait(5 if over else 0.1)
+            except subprocess.TimeoutExpired:
+                if not over:
+                    continue
+                process.kill()
+                process.wait()
+            error = "not done in time" if over else None
+            write(options, part="contracts", what=name, **_report(Path(f"{path}.xml"), Path(f"{path}.log"), error))
+            del running[name]
 
 
 def _report(report: Path, log: Path, error: str | None) -> dict[str, Any]:
     text = log.read_text(encoding="utf-8", errors="replace")
+    late = {} if error is None else {"error": error}
     if not report.is_file():
-        return {"error": error or "pytest did not come to its end", "trace": text[-2000:]}
+        said = re.findall(r"^\S+?::(.+?) (PASSED|FAILED|ERROR)", text, re.MULTILINE)
+        failed = {name: "see the trace" for name, outcome in said if outcome != "PASSED"}
+        passed = sum(outcome == "PASSED" for _, outcome in said)
+        late = late or {"error": "pytest did not come to its end"}
+        return {"passed": passed, "skipped": 0, "failed": failed, **late, "trace": text[-2000:]}
     cases = list(ElementTree.parse(report).iter("testcase"))
     failed = {
         case.get("name", ""): (found.text or "")[-1500:]
@@ -175,7 +199,8 @@ def _report(report: Path, log: Path, error: str | None) -> dict[str, Any]:
     }
     seconds = sum(float(case.get("time", 0)) for case in cases)
     skipped = sum(case.find("skipped") is not None for case in cases)
-    return {"passed": len(cases) - len(failed) - skipped, "skipped": skipped, "failed": failed, "seconds": seconds}
+    passed = len(cases) - len(failed) - skipped
+    return {"passed": passed, "skipped": skipped, "failed": failed, "seconds": seconds, **late}
 
 
 # The optimizer's step, and a training's.
@@ -438,10 +463,10 @@ def runs(options: Options, deadline: float) -> None:
 # Latency.
 
 
-def cut_model(options: Options, share: float) -> Any:
+def cut_model(options: Options, share: float, **settings: Any) -> Any:
     """A model from which groups by lot are gone: uneven blocks, as a training leaves them."""
     model = model_of(options)
-    config = OTOConfig(target_sparsity=share, saliency="random", pruning_periods=1)
+    config = OTOConfig(target_sparsity=share, saliency="random", pruning_periods=1, **settings)
     optimizer = HSPG(torch.optim.SGD(model.named_parameters(), lr=0.0), partition(model), config, 4)
     for _ in range(4):
         for parameter in model.parameters():
@@ -473,9 +498,44 @@ def latency(options: Options, deadline: float) -> None:
                         write(options, part="latency", **what, method=one.method, **found, macs=one.macs_ratio)
 
 
+def latency_target(options: Options, deadline: float) -> None:
+    """The share of the dense model's time that is asked for; off by how much of that the pruned one's is."""
+    share = 0.8 if options.small else 0.5  # of a small one's forward, most is none of the blocks'
+    dtype = torch.bfloat16 if bf16_there(options) else torch.float32
+    dense: Any = model_of(options).to(dtype).eval()
+    for batch, length in ((1, 16), (2, 16)) if options.small else ((1, 128), (8, 128)):
+        what = {"what": str(dtype).removeprefix("torch."), "run": f"{share:.0%}", "batch": batch, "length": length}
+        with guarded(options, "latency-target", **what):
+            start = time.monotonic()
+            table = measure_latency(dense, batch_size=batch, sequence_length=length, repeats=10)
+            taken = time.monotonic() - start
+            settings = {"target_unit": "latency", "latency_table": table, "min_heads": 0, "min_neurons": 0}
+            small = cut_model(options, round(1 - share, 1), **settings).to(dtype)
+            (found,) = measure(dense, small, batch_sizes=[batch], sequence_lengths=[length], repeats=20)
+            measured = found.pruned.median / found.dense.median
+            write(
+                options,
+                part="latency-target",
+                **what,
+                measured=measured,
+                ratio=abs(measured - share) / share,
+                seconds=taken,
+                method=table.method,
+                whole=[kind for kind in ("heads", "neurons") if table.goes_whole(kind)],
+                kept=list(partition(small).block_counts.blocks),
+            )
+
+
 # All of it.
 
-PARTS = {"contracts": contracts, "steps": steps, "runs": runs, "latency": latency}
+PARTS = {
+    "half": half,
+    "runs": runs,
+    "steps": steps,
+    "latency-target": latency_target,
+    "latency": latency,
+    "contracts": contracts,
+}
 
 
 def machine(options: Options) -> dict[str, Any]:
@@ -496,10 +556,11 @@ def show(lines: list[dict[str, Any]]) -> None:
         part = line.pop("part")
         words = [str(line[name]) for name in WORDS if name in line and (part, name) != ("runs", "removed")]
         bar = BARS.get((part, line.get("what"), line.get("run", line.get("stage"))))
-        if "error" in line:
+        if "error" in line and "failed" not in line:
             said = f"FAILED {line['error'][:200]}"
         elif "failed" in line:
-            said = f"{line['passed']} passed, {line['skipped']} skipped, {len(line['failed'])} failed"
+            said = f"{line['error']}: " if "error" in line else ""
+            said += f"{line['passed']} passed, {line['skipped']} skipped, {len(line['failed'])} failed"
             said += f" {sorted(line['failed'])[:20]}" if line["failed"] else ""
         else:
             numbers = {name: value for name, value in line.items() if isinstance(value, float | int)}
@@ -512,11 +573,24 @@ def show(lines: list[dict[str, Any]]) -> None:
         print(f"{part:10} {' · '.join(words):44} {said}{verdict}")
 
 
+def _ended(command: list[str], environment: dict[str, str], seconds: float) -> str | None:
+    """What went wrong with a part, which ends with all that it has started."""
+    streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+    try:
+        _, said = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return "not done in time"
+    return f"exit status {process.returncode}: {said.decode(errors='replace')[-1500:]}" if process.returncode else None
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.within:
         write(options, part="machine", what=options.within, **machine(options))
-        PARTS[options.within](options, time.monotonic() + options.seconds)
+        PARTS[options.within](options, options.until)
         return 0
     options.output = options.output.resolve()
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -526,18 +600,12 @@ def main(arguments: list[str] | None = None) -> int:
     for part in options.parts:
         budget = ahead * SHARES[part] / whole  # what a part leaves is for those after it
         whole -= SHARES[part]
-        command = [sys.executable, __file__, "--within", part, "--seconds", str(budget), "--device", options.device]
+        start = time.monotonic()
+        command = [sys.executable, __file__, "--within", part, "--until", str(start + budget)]
+        command += ["--device", options.device]
         command += ["--output", str(options.output), *(["--small"] if options.small else [])]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        start, error = time.monotonic(), None
-        try:
-            done = subprocess.run(
-                command, timeout=1.15 * budget + 5, env=environment, text=True, errors="replace", capture_output=True
-            )
-            if done.returncode:
-                error = f"exit status {done.returncode}: {done.stderr[-1500:]}"
-        except subprocess.TimeoutExpired:
-            error = "not done in time"
+        error = _ended(command, environment, 1.15 * budget + 5)
         taken = time.monotonic() - start
         write(options, part="parts", what=part, seconds=taken, **({} if error is None else {"error": error}))
         ahead = options.seconds - (time.monotonic() - begun)
