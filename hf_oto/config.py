@@ -224,7 +224,7 @@ class OTOConfig:
             task heads do not count. `None` runs HSPG as published: `lmbda`, `epsilon` and
             `pruning_start_ratio` decide.
         target_unit (`str`, *optional*, defaults to `"params"`):
-            The currency of the target: `"params"` (weights), `"macs"` (multiply-accumulates of one sequence of
+            The metric of the target: `"params"` (weights), `"macs"` (multiply-accumulates of one sequence of
             `sequence_length` tokens), `"groups"` (zero-invariant groups, every one counting 1) or `"latency"`
             (time by `latency_table`). The last one's share is of the whole model's time, that of what is never pruned
             included: at 0.5 a forward takes half as long as the dense model's, as the table has it.

@@ -26,10 +26,10 @@ def inspect(
     target_sparsity: Annotated[
         float | None, typer.Option(help="Show what this `target_sparsity` would leave.")
     ] = None,
-    target_unit: Annotated[str, typer.Option(help="The target's currency: params, macs, groups, latency.")] = "params",
+    target_unit: Annotated[str, typer.Option(help="The target's metric: params, macs, groups, latency.")] = "params",
     sequence_length: Annotated[int, typer.Option(help="Tokens of the sequence for which MACs are counted.")] = 384,
     latency_table: Annotated[
-        Path | None, typer.Option(help="What `hf-oto latency` wrote: for the currency latency.")
+        Path | None, typer.Option(help="What `hf-oto latency` wrote: for the metric latency.")
     ] = None,
     structures: Annotated[list[str] | None, typer.Option(help="heads or neurons; repeat it. Both by default.")] = None,
     min_heads: Annotated[int, typer.Option(help="Heads that every block keeps at least.")] = 1,
@@ -107,9 +107,9 @@ def _target(found: PreTrainedModel, settings: OTOConfig, options: dict[str, Any]
         "leaves": {name: example.to_dict() for name, example in examples.items()},
     }
     share = f"{limits.reachable / limits.total:.2%}" if limits.total else "nothing"
-    currency = "ns of latency" if settings.target_unit == "latency" else settings.target_unit
+    metric = "ns of latency" if settings.target_unit == "latency" else settings.target_unit
     text = (
-        f"A target of {settings.target_sparsity} removes at most {budget:,} of {limits.total:,} {currency}. The "
+        f"A target of {settings.target_sparsity} removes at most {budget:,} of {limits.total:,} {metric}. The "
         f"floors (min_heads {settings.min_heads}, min_neurons {settings.min_neurons}, round_to {settings.round_to}) "
         f"let {share} go. Training finds which groups go; the blocks would keep, if it were"
     )

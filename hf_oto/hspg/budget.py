@@ -96,7 +96,7 @@ def costs_of(partition: Partition, arrays: Sequence[GroupArray], config: OTOConf
 
 @dataclass(frozen=True)
 class Reach:
-    """What can be removed of a model, in the target's currency.
+    """What can be removed of a model, in the target's metric.
 
     Args:
         total (`int`): Cost of the whole prunable part of the dense architecture; see [`dense_cost`].

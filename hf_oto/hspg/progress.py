@@ -1,4 +1,4 @@
-"""How far the compression has come: numbers for logs, and what has been removed in the target's currency.
+"""How far the compression has come: numbers for logs, and what has been removed in the target's metric.
 
 Shapes: `G` groups of one array.
 """

@@ -124,7 +124,7 @@ def run_figure(log_history: Sequence[Mapping[str, Any]]) -> Any:
         ("removed_macs", "multiply-accumulates", {"color": DARK, "linestyle": "--"}),
         ("removed_latency", "latency by the table", {"color": DARK, "linestyle": ":"}),
     ):
-        if not all(name in entry for entry in logged):  # the last one is logged where it is the target's currency
+        if not all(name in entry for entry in logged):  # the last one is logged where it is the target's metric
             continue
         shares.plot(steps, [100 * entry[name] for entry in logged], label=label, **style)
     shares.set_ylabel("removed (%)")

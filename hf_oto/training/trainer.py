@@ -51,7 +51,7 @@ class OTOTrainer(MilestonesTrainer):
     Args:
         oto_config ([`OTOConfig`], *optional*):
             The settings of the compression; all defaults if `None`.
-        teacher ([`PreTrainedModel`], `str` or `os.PathLike`, *optional*):
+        teacher_model ([`PreTrainedModel`], `str` or `os.PathLike`, *optional*):
             A model of the same task, or its folder or Hub id, that the one in training learns from beside the labels:
             the dense model of an ordinary fine-tuning, or a larger one. It is set to evaluation mode and moved to the
             device of the training; it is no part of the model and saved nowhere. Columns of the data that it reads are

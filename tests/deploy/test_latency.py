@@ -1,4 +1,4 @@
-"""Latency as the target's currency: tables, their measurement, and runs that use one. No test looks at a clock."""
+"""Latency as the target's metric: tables, their measurement, and runs that use one. No test looks at a clock."""
 
 import dataclasses
 import json

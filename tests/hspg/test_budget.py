@@ -231,7 +231,7 @@ def runs(draw):
 
 
 @given(runs())
-def test_the_target_is_met_in_every_currency(run):
+def test_the_target_is_met_in_every_metric(run):
     groups, config, seed = run
     arrays = [array for array in groups.arrays if array.kind in config.structures]
     counts = torch.tensor([array.count for array in arrays])
