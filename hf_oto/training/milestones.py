@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from ..models.sharding import is_sharded
@@ -29,7 +30,7 @@ _SIZE = "eval_milestone"
 class MilestonesTrainer(PruningTrainer, CheckpointingTrainer):
     """
     [`Trainer`] that writes the small model of a milestone into `output_dir` when its recovery ends, evaluated where
-    there is an `eval_dataset`. What else it knows of them it reads from the log and from their folders.
+    there is something to evaluate on. What else it knows of them it reads from the log and from their folders.
     """
 
     _kept_milestone: float | None = None  # of the last step that one was kept after
@@ -54,7 +55,7 @@ class MilestonesTrainer(PruningTrainer, CheckpointingTrainer):
         due = self.hspg.milestone_due if self.hspg is not None and self.oto_config.milestones else None
         if due is not None and due != self._kept_milestone:
             self._kept_milestone = due
-            if self.eval_dataset is not None and due == self.oto_config.target_sparsity:
+            if self._evaluates and due == self.oto_config.target_sparsity:
                 self.control.should_evaluate = True
             elif due != self.oto_config.target_sparsity and not self.state.is_hyper_param_search:
                 self._keep_milestone(due, trial, ignore_keys_for_eval)
@@ -64,13 +65,18 @@ class MilestonesTrainer(PruningTrainer, CheckpointingTrainer):
 
     def _keep_milestone(self, share: float, trial: Any, ignore_keys: list[str] | None) -> None:
         """Before a checkpoint of this step: whoever goes on from that finds the milestone's model."""
-        if self.eval_dataset is not None:
+        if self._evaluates:
             logs = self.control.should_log  # which an evaluation takes for done
             self._evaluate(trial, ignore_keys)
             self.control.should_log, self.control.should_evaluate = logs, False
         with self._best_weights(share):
             self._save_small(str(self._milestone_folder(share)))
         self.accelerator.wait_for_everyone()
+
+    @property
+    def _evaluates(self) -> bool:
+        """Whether there is something to evaluate on."""
+        return self.eval_dataset is not None or self.args.eval_strategy != IntervalStrategy.NO
 
     def _milestone_folder(self, share: float) -> Path:
         return Path(self._output_dir, folder_name(share))

@@ -42,6 +42,7 @@ class _PruningTrainer(OTOTrainer):
     """What the trainers of sentence-transformers do otherwise than Transformers' own."""
 
     loss: Any  # a module, or one for every data set
+    evaluator: Any
     loading_class = ""
 
     def __init__(
@@ -61,6 +62,10 @@ class _PruningTrainer(OTOTrainer):
             )
         self._loading_error: Exception | None = None
         super().__init__(model, args, *others, **kwargs)
+
+    @property
+    def _evaluates(self) -> bool:
+        return super()._evaluates or self.evaluator is not None
 
     # Resuming.
 

@@ -40,9 +40,13 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
-    def commit(self, name: str, lines: list[dict[str, Any]]) -> str:
+    def commits(self, name: str, branch: str) -> list[dict[str, Any]]:
         repo = self.repos[name]
-        files = dict(repo["commits"][-1]["files"])
+        return repo["commits"] if branch == "main" else repo["branches"][branch]
+
+    def commit(self, name: str, branch: str, lines: list[dict[str, Any]]) -> str:
+        commits = self.commits(name, branch)
+        files = dict(commits[-1]["files"])
         for line in lines:
             value = line["value"]
             if line["key"] == "file":
@@ -52,8 +56,8 @@ class Hub:
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
         message = next(line["value"]["summary"] for line in lines if line["key"] == "header")
-        sha = hashlib.sha1(f"{len(repo['commits'])} {message}".encode()).hexdigest()
-        repo["commits"].append({"sha": sha, "message": message, "files": files})
+        sha = hashlib.sha1(f"{branch} {len(commits)} {message}".encode()).hexdigest()
+        commits.append({"sha": sha, "message": message, "files": files})
         return sha
 
     def files(self, name: str, commit: int = -1) -> dict[str, bytes]:
@@ -114,11 +118,12 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._refuse(401, "Unauthorized")
             return self._answer(200, {"name": "me", "type": "user", "orgs": [], "auth": {}})
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.*))?)?", path):
-            name, kind, _, folder = found.groups()
+            name, kind, revision, folder = found.groups()
             repo = self._repo(name)
             if repo is None:
                 return self._refuse(401, "RepoNotFound")
-            commit = repo["commits"][-1]
+            branch = revision if revision in repo["branches"] else "main"
+            commit = self.hub.commits(name, branch)[-1]
             if kind == "tree":
                 inside = [name for name in commit["files"] if not folder or name.startswith(f"{folder}/")]
                 if folder and not inside:
@@ -132,7 +137,9 @@ class _Handler(BaseHTTPRequestHandler):
             repo = self._repo(name)
             if repo is None:
                 return self._refuse(401, "RepoNotFound")
-            wanted = [one for one in repo["commits"] if revision in ("main", one["sha"])]
+            every = {branch: self.hub.commits(name, branch) for branch in ("main", *repo["branches"])}
+            pushed = [one for commits in every.values() for one in commits]
+            wanted = every.get(revision) or [one for one in pushed if revision == one["sha"]]
             if not wanted:
                 return self._refuse(404, "RevisionNotFound")
             content = wanted[-1]["files"].get(file)
@@ -167,9 +174,12 @@ class _Handler(BaseHTTPRequestHandler):
             if name in self.hub.repos:
                 return self._answer(409, {"url": f"{self.hub.url}/{name}"})
             first = {"sha": "0" * 40, "message": "initial commit", "files": {".gitattributes": b""}}
-            self.hub.repos[name] = {"private": bool(asked.get("private")), "commits": [first]}
+            self.hub.repos[name] = {"private": bool(asked.get("private")), "commits": [first], "branches": {}}
             return self._answer(200, {"url": f"{self.hub.url}/{name}"})
-        if re.fullmatch(r"/api/models/[^/]+/[^/]+/preupload/main", path):
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/branch/([^/]+)", path):
+            self.hub.repos[found[1]]["branches"].setdefault(found[2], list(self.hub.repos[found[1]]["commits"]))
+            return self._answer(200, {})
+        if re.fullmatch(r"/api/models/[^/]+/[^/]+/preupload/[^/]+", path):
             large = ("*.safetensors", "*.bin", "*.pt", "*.png")
 
             def mode(name: str) -> str:
@@ -185,9 +195,9 @@ class _Handler(BaseHTTPRequestHandler):
                     places = {"upload": f"/lfs/{one['oid']}", "verify": "/verify"}
                     one["actions"] = {name: {"href": self.hub.url + place} for name, place in places.items()}
             return self._answer(200, {"transfer": "basic", "objects": answers})
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", path):
             lines = [json.loads(line) for line in body.splitlines() if line]
-            sha = self.hub.commit(found[1], lines)
+            sha = self.hub.commit(found[1], found[2], lines)
             url = f"{self.hub.url}/{found[1]}/commit/{sha}"
             return self._answer(200, {"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
         return self._refuse(404, "NotFound")

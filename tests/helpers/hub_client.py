@@ -1,6 +1,7 @@
 """What a user does with the Hub, in a process of its own: started by a test, with `HF_ENDPOINT` set.
 
-`hub_client.py train STRATEGY REPO FOLDER`: OTOTrainer with pushes; `push REPO FOLDER`: the trained model's own
+`hub_client.py train STRATEGY REPO FOLDER`: OTOTrainer with pushes; `sizes REPO FOLDER`: it pushes milestones, too;
+`push REPO FOLDER`: the trained model's own
 `push_to_hub`; `pull REPO FILE [REVISION]`: load what is there, without hf_oto, and save its outputs; `cli …`:
 `hf-oto` itself.
 """
@@ -39,6 +40,15 @@ def train(strategy: str, repo: str, folder: str) -> None:
     save_file(outputs(trainer.compressed_model().eval()), f"{folder}.outputs")
 
 
+def sizes(repo: str, folder: str) -> None:
+    from short_runs import SIZES, make
+
+    trainer = make(folder, config=SIZES, save_strategy="steps", save_steps=8, hub_token="hf_writer", hub_model_id=repo)
+    trainer.train()
+    trainer.push_to_hub("The last one alone")
+    trainer.push_to_hub("All of them", milestones=True)
+
+
 def push(repo: str, folder: str) -> None:
     model = transformers.AutoModelForQuestionAnswering.from_pretrained(folder, trust_remote_code=True)
     model.push_to_hub(repo, token="hf_writer")
@@ -66,4 +76,4 @@ def cli(*arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    {"train": train, "push": push, "pull": pull, "cli": cli}[sys.argv[1]](*sys.argv[2:])
+    {"train": train, "sizes": sizes, "push": push, "pull": pull, "cli": cli}[sys.argv[1]](*sys.argv[2:])

@@ -1,5 +1,7 @@
 """Short runs of a tiny question-answering model with OTOTrainer."""
 
+from dataclasses import replace
+
 import torch
 from families import ONE_EACH, question_batch, tiny_model
 from transformers import TrainerCallback, TrainingArguments
@@ -7,6 +9,7 @@ from transformers import TrainerCallback, TrainingArguments
 from hf_oto import OTOConfig, OTOTrainer
 
 CONFIG = OTOConfig(min_neurons=4, round_to=4)
+SIZES = replace(CONFIG, target_sparsity=0.7, milestones=(0.3, 0.5), pruning_periods=2)
 STEPS = 24  # warm-up 4, pruning 10, recovery 10
 DATA = [
     {key: value[0] for key, value in question_batch(tiny_model(ONE_EACH[0]), seed, size=1).items()}

@@ -26,7 +26,7 @@ def client(hub, home, *arguments, token=None, check=True):
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
     if token:
         environment["HF_TOKEN"] = token
-    if arguments[0] in ("train", "cli"):
+    if arguments[0] in ("train", "sizes", "cli"):
         environment["PYTHONPATH"] = str(CLIENT.parents[2])
     command = [sys.executable, str(CLIENT), *map(str, arguments)]
     done = subprocess.run(command, cwd=home.parent, env=environment, capture_output=True, text=True, timeout=300)
@@ -103,6 +103,24 @@ def test_the_card_says_what_was_removed_and_how_to_load_it(trained):
     for name in ("layers", "run"):
         assert f"({name}.png)" in text and files[f"{name}.png"][1:4] == b"PNG" and b"<svg" in files[f"{name}.svg"]
     assert text.index("## Compression") < text.index("## How to load it") < text.index("## Training procedure")
+
+
+def test_milestones_are_pushed_to_branches_where_asked_for(tmp_path):
+    with Hub() as hub:
+        client(hub, tmp_path / "home", "sizes", "me/sizes", tmp_path / "run", token=TOKEN)
+        repo, main = hub.repos["me/sizes"], hub.files("me/sizes")
+        assert hub.messages("me/sizes") == ["initial commit", "The last one alone", "All of them"]
+        assert not any(name.startswith("0.") for one in repo["commits"] for name in one["files"])
+        assert f"| {0.5:.2f} " in main["README.md"].decode() and "milestones.png" in main
+        sizes = [weights(main)]
+        for name in ("0.50", "0.30"):
+            assert [one["message"] for one in repo["branches"][name]][2:] == [f"All of them, {name}"]
+            files = repo["branches"][name][-1]["files"]
+            assert set(files) >= CODE | {"config.json", "milestone.json"} and "README.md" not in files
+            made = {path.name: path.read_bytes() for path in (tmp_path / "run" / name).iterdir()}
+            assert {**made, ".gitattributes": b""} == files
+            sizes.append(weights(files))
+        assert sizes == sorted(set(sizes))
 
 
 def test_a_push_that_failed_half_way_is_repeated(trained, tmp_path):

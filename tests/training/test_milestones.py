@@ -9,15 +9,14 @@ import torch
 from families import counts, largest_difference, outputs
 from runs import differences, held
 from runs import make as make_run
-from short_runs import CONFIG, StopAt, make
+from short_runs import SIZES, STEPS, StopAt, make
 from transformers import AutoModelForQuestionAnswering, BertConfig, TrainerCallback
 
 from hf_oto import OTOTrainer
 from hf_oto.report.milestones import Size, folder_name, plotted_score, sizes_table
 from hf_oto.training.milestones import best_step
 
-STEPS = 24  # legs end after 12, 18 and 24: the first prunes in the steps 2 … 7, those after in three steps each
-SIZES = replace(CONFIG, target_sparsity=0.7, milestones=(0.3, 0.5), pruning_periods=2)
+# Of the 24 steps, legs end after 12, 18 and 24: the first prunes in the steps 2 … 7, each later one in its first 3.
 
 
 def read(folder):

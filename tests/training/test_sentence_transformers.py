@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -238,6 +239,23 @@ def test_the_best_model_is_one_at_the_target(tmp_path):
     saved = SentenceTransformer(str(tmp_path / "run" / f"checkpoint-{trainer.state.best_global_step}"), device="cpu")
     assert same(saved, model)
     assert 0.45 <= kept(model) <= 0.55
+
+
+def test_a_milestone_is_the_best_embedding_model_of_its_size(tmp_path):
+    config = dataclasses.replace(CONFIG, milestones=(0.25,))
+    model = embedder(tmp_path / "encoder")
+    trainer = best_of(tmp_path, model, config=config)
+    trainer.train()
+    log = [
+        (e["step"], e["eval_spearman_cosine"]) for e in trainer.state.log_history if e.get("eval_milestone") == 0.25
+    ]
+    assert log[-1][0] == 11 and log[0][0] == 8  # evaluated every other step, and when its recovery ends
+    numbers = json.loads((tmp_path / "run" / "0.25" / "milestone.json").read_text())
+    assert (numbers["step"], numbers["scores"]["eval_spearman_cosine"]) == max(log, key=lambda pair: pair[1])
+    small = SentenceTransformer(str(tmp_path / "run" / "0.25"), device="cpu")
+    assert 0.72 <= kept(small) <= 0.85 and 0.45 <= kept(model) <= 0.55
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "| 0.25 " in card and "| 0.50 " in card and card.count("## Every size of this run") == 1
 
 
 def test_what_goes_wrong_when_the_best_model_is_loaded_is_raised(tmp_path, monkeypatch):
