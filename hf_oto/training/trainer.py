@@ -45,7 +45,10 @@ class OTOTrainer(MilestonesTrainer):
     `shrink_during_training` has cut it since. [`~OTOTrainer.save_model`], a push to the Hub and the end of training
     write the small model, which `from_pretrained` loads. `load_best_model_at_end` considers only evaluations at the
     target: before it, a model scores better because it is larger. `EarlyStoppingCallback` counts from there on, for
-    the same reason. A run that stops before its target ends with a checkpoint to resume from, and without a small
+    the same reason. With `milestones` in the settings, the model of each is kept in a folder of its name in
+    `output_dir` (`0.30`) when its recovery ends, whatever `save_strategy` is, evaluated where there is something to
+    evaluate on; with `load_best_model_at_end` it is the best one of that size. The schedule of `lr_scheduler_type` is
+    run once for every size; a scheduler of your own is left as it is. A run that stops before its target ends with a checkpoint to resume from, and without a small
     model.
 
     Args:
