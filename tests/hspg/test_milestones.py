@@ -1,6 +1,7 @@
 """HSPG with milestones in a loop of one's own: every size on time and within its budget, and every stop resumes."""
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from runs import NO_DROPOUT, differences
 
 from hf_oto import HSPG, OTOConfig, compress, partition, shrink
 from hf_oto.hspg.budget import dense_cost, removed_cost
+from hf_oto.hspg.saved_state import SETTINGS
 
 STEPS = 24  # legs end after 16 and 24: 2 of warm-up, periods end after 6, 10, 18, 20
 CONFIG = OTOConfig(
@@ -76,3 +78,14 @@ def test_another_runs_milestones_are_refused():
     _, other = begin(replace(CONFIG, milestones=()))
     with pytest.raises(ValueError, match=r"other settings \(milestones: \[0.3\] saved, \[\] now\)"):
         other.load_state_dict(optimizer.state_dict())
+
+
+def test_a_state_from_before_there_were_milestones_is_of_a_run_without():
+    _, optimizer = begin(replace(CONFIG, milestones=()))
+    state = copy.deepcopy(optimizer.state_dict())
+    settings = json.loads(state["param_groups"][0][SETTINGS])
+    del settings["milestones"]
+    state["param_groups"][0][SETTINGS] = json.dumps(settings)
+    begin(replace(CONFIG, milestones=()))[1].load_state_dict(copy.deepcopy(state))
+    with pytest.raises(ValueError, match=r"other settings \(milestones: \[\] saved, \[0.3\] now\)"):
+        begin(CONFIG)[1].load_state_dict(state)
