@@ -48,8 +48,8 @@ class OTOTrainer(MilestonesTrainer):
     the same reason. With `milestones` in the settings, the model of each is kept in a folder of its name in
     `output_dir` (`0.30`) when its recovery ends, whatever `save_strategy` is, evaluated where there is something to
     evaluate on; with `load_best_model_at_end` it is the best one of that size. The schedule of `lr_scheduler_type` is
-    run once for every size; a scheduler of your own is left as it is. A run that stops before its target ends with a checkpoint to resume from, and without a small
-    model.
+    run once for every size; a scheduler of your own is left as it is. A run that stops before its target ends with a
+    checkpoint to resume from, and without a small model of that size.
 
     Args:
         oto_config ([`OTOConfig`], *optional*):
