@@ -28,7 +28,7 @@ from short_runs import StopAt, make
 from hf_oto import HSPG, OTOConfig, compress, partition, shrink
 from hf_oto.hspg.budget import check_target, dense_cost, reach, removed_cost, select_uniformly, uniform_cuts
 
-STEPS, STOP = 20, 9  # warm-up 3, two periods that end before the steps 8 and 12
+STEPS, STOP = 14, 6  # warm-up 2, two periods that end before the steps 5 and 8
 NEURONS = {"structures": ("neurons",), "min_neurons": 4, "round_to": 4, "uniform": True}
 
 
