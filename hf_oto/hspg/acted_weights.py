@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..models.groups import GroupArray
 from . import devices
-from .group_weights import GroupWeights, Places, group_weights, zero_of
+from .group_weights import GroupWeights, Places, group_weights, squared_norms, zero_of
 from .half_space import Weights, half_space_step, read
+from .selection import indices
 from .sharding import is_sharded, local, sum_over_shards
 from .stacked_weights import clear_stacked, stacked_weights
 
@@ -118,12 +119,13 @@ class ZeroWeights:
 
     Args:
         arrays (`Sequence[GroupArray]`): The arrays.
-        groups (`Sequence[Tensor]`): Which groups of each array, int64, on the CPU.
+        zero_G (`Tensor`): Which of their groups, bool `[G]`.
         places (`Mapping[str, tuple[Tensor, dict]]`): Parameter and its parameter group, by name.
     """
 
-    def __init__(self, arrays: Sequence[GroupArray], groups: Sequence[Tensor], places: Places) -> None:
-        self._chosen = arrays, groups, places
+    def __init__(self, arrays: Sequence[GroupArray], zero_G: Tensor, places: Places) -> None:
+        self._chosen = arrays, indices(zero_G, arrays), places
+        self._zero_G = zero_G
         self._weights: list[GroupWeights] | None = None
 
     def clear(self, state: Mapping[Any, Mapping[str, Any]]) -> None:
@@ -136,6 +138,12 @@ class ZeroWeights:
             self._weights = group_weights(arrays, groups, places)
         for part in self._weights:
             part.clear(state)
+
+    def moved(self) -> bool:
+        """Whether any of them is not zero, on any rank."""
+        arrays, groups, places = self._chosen
+        some = any(groups_g.numel() for groups_g in groups)
+        return some and bool((squared_norms(arrays, places) * self._zero_G).any())
 
 
 def _alike(

@@ -68,8 +68,6 @@ class HSPG(Optimizer):
     ```
     """
 
-    holds_zeros = False  # whether a loss pulls at zero groups, which are then set to zero after every step
-
     def __init__(self, base_optimizer: Optimizer, partition: Partition, config: OTOConfig, total_steps: int) -> None:
         self.base_optimizer = base_optimizer
         self.partition = partition
@@ -130,7 +128,7 @@ class HSPG(Optimizer):
             status_G = self._kept[STATUS]
             status_G.masked_fill_(status_G == REDUNDANT, ZERO)
             self._acting, self._zero, self._settled = None, None, False
-        self._keep_zero()
+        self._keep_zero(step)
         if acting is not None:
             self._half_space_step(acting, step)
         self._kept[STEP] = step + 1
@@ -186,21 +184,21 @@ class HSPG(Optimizer):
         """Whether redundant groups are zero for good after this step."""
         return self.stage == "pruning" and self.schedule.steps_left(step) == 1
 
-    def _keep_zero(self) -> None:
+    def _keep_zero(self, step: int) -> None:
         """
         What is zero stays zero. Without a target the projection itself sees to it.
 
-        The gradients of a zero group are zero. Once its optimizer state is zero too, a base optimizer that moves every
-        weight by these alone leaves it where it is; after any other it is set to zero at every step.
+        Its gradients are zero. Once its optimizer state is zero too, a base optimizer that moves every weight by these
+        alone leaves it where it is. After any other, and where a penalty or noise moves it, it is cleared each step.
         """
-        if self.config.target_sparsity is None or (self._settled and not self.holds_zeros):
+        if self.config.target_sparsity is None or self._settled:
             return
         if self._zero is None:
-            groups = selection.indices(self._kept[STATUS] == ZERO, self._arrays)
-            self._zero = ZeroWeights(self._arrays, groups, self._places())
+            self._zero = ZeroWeights(self._arrays, self._kept[STATUS] == ZERO, self._places())
+        if shrinking.moves_each_by_itself(self.base_optimizer) and not self._ends_period(step):
+            self._settled = not self._zero.moved()
         self._zero.clear(self.state)
-        self._settled = shrinking.moves_each_by_itself(self.base_optimizer)
-        self._zero = self._zero if self.holds_zeros or not self._settled else None
+        self._zero = None if self._settled else self._zero
 
     @torch.no_grad()
     def observe(self, *, loss_scale: float = 1.0, accumulated: bool = False, weight: float = 1.0) -> None:
@@ -245,9 +243,8 @@ class HSPG(Optimizer):
     @property
     def target_reached(self) -> bool:
         """Whether all that was to be removed is exactly zero. Never without a target."""
-        return self.config.target_sparsity is not None and (
-            self.steps_done >= self.schedule.boundaries[-1] or self.config.target_sparsity == 0
-        )
+        target = self.config.target_sparsity
+        return target is not None and (target == 0 or self.steps_done >= self.schedule.boundaries[-1])
 
     @property
     def milestone_reached(self) -> float | None:
@@ -259,12 +256,15 @@ class HSPG(Optimizer):
         """The milestone, or the target at the end of the run, whose model is finished now; `None` at other steps."""
         return self.schedule.finished(self.steps_done)
 
-    def zero_masks(self) -> dict[tuple[int, str], Tensor]:
+    def zero_masks(self, *, measured: bool = False) -> dict[tuple[int, str], Tensor]:
         """
         Which of the groups that the model has now are zero for good: (layer, kind) -> bool `[G]`, on the CPU. Empty
-        before the first step.
+        before the first step. If `measured`, less those that were written to since: sharded, every rank has to ask.
         """
-        return selection.masks(self._kept[STATUS] == ZERO, self._arrays) if STATUS in self._kept else {}
+        if STATUS not in self._kept:
+            return {}
+        held_G = squared_norms(self._arrays, self._places()) == 0 if measured else True
+        return selection.masks((self._kept[STATUS] == ZERO) & held_G, self._arrays)
 
     def metrics(self) -> dict[str, float]:
         """

@@ -38,7 +38,7 @@ from .refusals import (
 )
 from .search import split_space
 from .teaching import TaughtTrainer
-from .zeros import check_zeros, pulled
+from .zeros import check_zeros
 
 logger = logging.get_logger(__name__)
 
@@ -137,7 +137,7 @@ class PruningTrainer(TaughtTrainer):
     def _attach(self, optimizer: Optimizer, total_steps: int) -> None:
         """Let HSPG prune what an optimizer trains. In a run that had been shrunk the model becomes as small again."""
         whole, part, config = self._whole_model(), self._part(), self.oto_config
-        self._accumulating, self._rows, self._first_step = False, [], self.state.global_step
+        self._accumulating, self._rows = False, []
         if self.hspg is None or not goes_on(self.hspg, part, total_steps, resumes=self.state.global_step > 0):
             self._check_part(part, None)
             check_trainable(part, config)
@@ -216,8 +216,6 @@ class PruningTrainer(TaughtTrainer):
         if self._drops_nothing:
             model.train()
         self._last_loss = loss
-        if self.hspg is not None and self.hspg.steps_done in {*self.hspg.schedule.boundaries, self._first_step}:
-            self.hspg.holds_zeros |= pulled(self._part(), self.hspg)
         self._rows.append(find_batch_size(inputs) or 1)
         synced = self.accelerator.sync_gradients
         # Between processes only the last micro-step's gradients agree.
@@ -254,6 +252,8 @@ class PruningTrainer(TaughtTrainer):
             self._shrink()
         if self.state.global_step >= self.state.max_steps:
             self._take_skipped_steps()
+        if self.control.should_log and self.hspg is not None:  # on all ranks, as not everybody's `log` is
+            check_zeros(self.hspg)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -276,7 +276,6 @@ class PruningTrainer(TaughtTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         stage = None
         if "loss" in logs and self.hspg is not None:
-            check_zeros(self._part(), self.hspg)
             logs, stage = {**logs, **self.hspg.metrics()}, self.hspg.stage
         super().log(logs, start_time)
         seen = [entry["stage"] for entry in self.state.log_history if "stage" in entry][-1:]

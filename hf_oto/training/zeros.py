@@ -5,8 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from ..hspg.optimizer import HSPG
-from ..models.groups import partition, zero_groups
-from ..models.sharding import is_sharded
+from ..models.groups import partition
 
 _REMEDY = (
     "Something beside the optimizer has written weights since: averages of weights that are copied in, a callback "
@@ -15,41 +14,17 @@ _REMEDY = (
 )
 
 
-def check_zeros(part: PreTrainedModel, hspg: HSPG) -> None:
-    """Stop a run whose groups do not stay zero: it would end larger than it says. Sharded weights are not read."""
-    masks = hspg.zero_masks()
-    if is_sharded(part) or not any(bool(mask.any()) for mask in masks.values()):
-        return
-    parameters = dict(part.named_parameters())
+def check_zeros(hspg: HSPG) -> None:
+    """Stop a run whose groups do not stay zero: it would end larger than it says. Every rank has to call it."""
     lost = {"heads": 0, "neurons": 0}
-    for array in hspg.partition.arrays:
-        gone = masks.get((array.layer, array.kind))
-        if gone is not None and bool(gone.any()):
-            lost[array.kind] += int((gone & ~zero_groups(array, parameters).cpu()).sum())
+    measured = hspg.zero_masks(measured=True)
+    for place, mask in hspg.zero_masks().items():
+        lost[place[1]] += int((mask & ~measured[place]).sum())
     if any(lost.values()):
         raise ValueError(
             f"{lost['heads']} heads and {lost['neurons']} neurons that were zero are not any more at step "
             f"{hspg.steps_done}. {_REMEDY}"
         )
-
-
-def pulled(part: PreTrainedModel, hspg: HSPG) -> bool:
-    """
-    Whether gradients pull at what is zero, as those of a loss on the weights themselves do; a loss on what the model
-    computes never does. Sharded weights are not read.
-    """
-    if is_sharded(part):
-        return False
-    parameters = dict(part.named_parameters())
-    masks = hspg.zero_masks()
-    for array in hspg.partition.arrays:
-        gone = masks.get((array.layer, array.kind))
-        gradient = parameters[array.columns].grad if array.count else None
-        if gone is not None and gradient is not None and bool(gone.any()):
-            columns = gradient.unflatten(1, (array.count, array.width))[:, gone.to(gradient.device)]
-            if bool(columns.count_nonzero()):
-                return True
-    return False
 
 
 def check_size(small: PreTrainedModel, hspg: HSPG | None) -> None:

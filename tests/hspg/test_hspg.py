@@ -846,3 +846,20 @@ def test_gradients_that_are_no_numbers_stop_the_run_at_the_selection():
     with pytest.raises(FloatingPointError, match="saliency is not finite at step 6"):
         optimizer.step()
     assert before.keys() == weights(model).keys()
+
+
+@pytest.mark.parametrize("part", ["all", "rows", "columns"])
+def test_zeros_that_a_penalty_pulls_at_are_held(part):
+    """In a loop of one's own: the loss is one on the weights as well, on all that groups own or on some of it."""
+    model, optimizer = model_and_optimizer(ONE_EACH[0], OTOConfig(pruning_periods=3, **SMALL), steps=24)
+    own, first = dict(model.named_parameters()), dict(tiny_model(ONE_EACH[0]).named_parameters())
+    columns = {array.columns for array in optimizer.partition.arrays}
+    names = {name for array in optimizer.partition.arrays for name, _ in array.members}
+    names = {"all": names, "rows": names - columns, "columns": columns}[part]
+    for seed in range(24):
+        loss = model(**question_batch(model, seed)).loss
+        (loss + sum((own[name] - first[name]).square().sum() for name in names)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(bool(found[optimizer.zero_masks()[place]].all()) for place, found in zeroed(model).items())
+    assert optimizer.target_reached

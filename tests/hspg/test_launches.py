@@ -10,7 +10,7 @@ from hf_oto import HSPG, OTOConfig, partition
 from hf_oto.hspg import devices
 
 STEPS = 40  # warm-up 6, pruning 18, recovery 16
-BARS = {"first": 500, "warmup": 60, "ordinary": 150, "selection": 500, "end": 500, "recovery": 6}
+BARS = {"first": 500, "warmup": 60, "ordinary": 150, "selection": 800, "end": 500, "recovery": 6}
 ASIDE = ("profiler::",)  # marks for a profiler, which launch nothing
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::is_nonzero")
 
@@ -54,6 +54,8 @@ def kind_of(optimizer):
         return "first"
     if schedule.starts_period(step):
         return "selection"
+    if step == schedule.boundaries[-1]:
+        return "end"  # what has become zero is looked at once more
     if optimizer.stage == "pruning":
         return "end" if schedule.steps_left(step) == 1 else "ordinary"
     return optimizer.stage
@@ -73,7 +75,7 @@ def test_a_step_launches_no_more_than_its_bar(periods, accelerator):
     most, waits = dict.fromkeys(BARS, 0), dict.fromkeys(BARS, 0)
     while optimizer.steps_done < STEPS:
         for mine, other in zip(model.parameters(), twin.param_groups[0]["params"], strict=True):
-            mine.grad = torch.randn_like(mine) * 0.01
+            mine.grad = torch.randn_like(mine) * 0.01 * (mine != 0)  # as those of what the model computes
             other.grad = mine.grad
         kind = kind_of(optimizer)
         with Launches() as launches:
