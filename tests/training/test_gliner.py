@@ -49,7 +49,6 @@ def run(folder, model, **settings):
         use_cpu=True,
         disable_tqdm=True,
         save_strategy="no",
-        remove_unused_columns=False,
     )
     trainer = Pruning(
         model=model,
