@@ -64,12 +64,11 @@ def both(name, dtype, base, **options):
     return runs
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
 @pytest.mark.parametrize(
-    ("base", "options"),
+    ("name", "base", "options"),
     [
-        (torch.optim.AdamW, {"weight_decay": 0.1}),
-        (torch.optim.SGD, {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.01}),
+        *((name, torch.optim.AdamW, {"weight_decay": 0.1}) for name in ONE_EACH),
+        (ONE_EACH[0], torch.optim.SGD, {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.01}),
     ],
 )
 def test_the_run_is_that_of_the_unshrunk_model(name, base, options):
@@ -327,8 +326,12 @@ def make(folder, name=ONE_EACH[0], config=SHRINKING, model=None, kind=OTOTrainer
     return kind(model=model, args=arguments(folder, **options), oto_config=config, **data, **extra)
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
-@pytest.mark.parametrize("options", [{}, {"optim": "sgd", "gradient_accumulation_steps": 2, "max_grad_norm": 0.1}])
+ACCUMULATED = {"optim": "sgd", "gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {}) for name in ONE_EACH), (ONE_EACH[0], ACCUMULATED | {"max_grad_norm": 0.1})]
+)
 def test_trainer_ends_where_the_unshrunk_run_ends(name, options, tmp_path):
     full, trainer = (make(tmp_path, name, config, dtype=torch.float64, **options) for config in (KEPT_FULL, SHRINKING))
     model = trainer.model
@@ -351,7 +354,7 @@ def test_trainer_ends_where_the_unshrunk_run_ends(name, options, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [*((name, {}) for name in ONE_EACH), (ONE_EACH[0], {"optim": "sgd", "gradient_accumulation_steps": 2})],
+    [*((name, {}) for name in ONE_EACH), (ONE_EACH[0], ACCUMULATED)],
 )
 def test_checkpoints_are_as_small_as_the_model_and_resume_exactly(name, options, tmp_path):
     whole = make(tmp_path, name, save_strategy="steps", save_steps=1, **options)

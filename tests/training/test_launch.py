@@ -95,15 +95,22 @@ def test_a_rank_that_dies_ends_the_run_which_goes_on_from_its_checkpoint(tmp_pat
             assert differences(load(tmp_path, f"{stop}-{rank}"), whole) == [], stop
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run in float64 of one process, which stays in full size."""
+    folder = tmp_path_factory.mktemp("alone")
+    launch(folder, (), "--double")
+    return folder
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_shrink_together(ranks, tmp_path):
+def test_ranks_shrink_together(ranks, alone, tmp_path):
     """Two with what Trainer sets, four with a static graph: to the bit on every rank, and from checkpoints."""
     stops = (2, 10, 16) if ranks == 2 else ()
-    options = ["--double", *["--static"] * (ranks == 4)]
+    options = ["--double", "--shrink", *["--static"] * (ranks == 4)]
     resumes = ["--resume", *map(str, stops)] if stops else []
-    launch(tmp_path / "small", [*TORCHRUN[:-1], str(ranks)], *options, "--shrink", *resumes)
-    launch(tmp_path / "full", [*TORCHRUN[:-1], str(ranks)], *options)
-    first, full = load(tmp_path / "small", "run-0"), load(tmp_path / "full", "run-0")
+    launch(tmp_path / "small", [*TORCHRUN[:-1], str(ranks)], *options, *resumes)
+    first, full = load(tmp_path / "small", "run-0"), load(alone, "run-0")
     sizes = [len(mask) for mask in first["every_step"]]
     assert sizes[0] == len(full["masks"]) > sizes[-1] == len(first["masks"]) and len(set(sizes)) == 3
     assert not (first["masks"] == ZERO).any()  # all that was to go is gone
@@ -113,6 +120,6 @@ def test_ranks_shrink_together(ranks, tmp_path):
         whole = load(tmp_path / "small", f"whole-{rank}")
         for stop in stops:
             assert differences(load(tmp_path / "small", f"{stop}-{rank}"), whole) == [], stop
-    models = [AutoModelForQuestionAnswering.from_pretrained(tmp_path / name / "run") for name in ("small", "full")]
+    models = [AutoModelForQuestionAnswering.from_pretrained(folder / "run") for folder in (tmp_path / "small", alone)]
     assert counts(models[0]) == counts(models[1])
     assert largest_difference(*map(outputs, models)) <= 1e-9  # the same mathematics, rounded otherwise
