@@ -123,19 +123,26 @@ def test_milestones_are_pushed_to_branches_where_asked_for(tmp_path):
         assert sizes == sorted(set(sizes))
 
 
-def test_a_push_that_failed_half_way_is_repeated_and_a_private_one_needs_a_token(trained, tmp_path):
+def test_a_push_that_failed_half_way_is_repeated(trained, tmp_path):
     _, folder, expected = trained
     with Hub(failures=1) as hub:
         failed = client(hub, tmp_path / "home", "push", "me/again", folder / "run", check=False)
         assert failed.returncode != 0 and hub.messages("me/again") == ["initial commit"]  # nothing half-way
         client(hub, tmp_path / "home", "push", "me/again", folder / "run")
         assert set(hub.files("me/again")) >= CODE
-        hub.repos["me/again"]["private"] = True
-        refused = client(hub, tmp_path / "home2", "pull", "me/again", tmp_path / "outputs", check=False)
-        assert refused.returncode != 0 and "me/again is not a local folder" in refused.stderr
-        client(hub, tmp_path / "home2", "pull", "me/again", tmp_path / "outputs", token=TOKEN)
+        client(hub, tmp_path / "home2", "pull", "me/again", tmp_path / "outputs")
     found = load_file(tmp_path / "outputs")
     assert all(bool((found[key] == expected[key]).all()) for key in expected)
+
+
+def test_a_private_repository_is_for_those_with_a_token(trained, tmp_path):
+    _, folder, _ = trained
+    with Hub() as hub:
+        client(hub, tmp_path / "home", "push", "me/private", folder / "run")
+        hub.repos["me/private"]["private"] = True
+        refused = client(hub, tmp_path / "home2", "pull", "me/private", tmp_path / "outputs", check=False)
+        assert refused.returncode != 0 and "me/private is not a local folder" in refused.stderr
+        client(hub, tmp_path / "home2", "pull", "me/private", tmp_path / "outputs", token=TOKEN)
 
 
 def test_the_command_line_takes_a_name_on_the_hub(trained, tmp_path):
