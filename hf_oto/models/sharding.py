@@ -22,6 +22,13 @@ def is_sharded(model: nn.Module) -> bool:
     )
 
 
+def reshard(model: nn.Module) -> None:
+    """Let go of what a forward pass has gathered: an evaluation leaves what is in no block whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @torch.no_grad()
 def gather(model: PreTrainedModel) -> PreTrainedModel | None:
     """

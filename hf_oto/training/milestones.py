@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from ..models.sharding import is_sharded
+from ..models.sharding import is_sharded, reshard
 from ..report.milestones import FILE_NAME, Size, folder_name, sizes_picture
 from ..report.summary import summarize
 from .checkpoints import CheckpointingTrainer, name_of
@@ -128,6 +128,7 @@ class MilestonesTrainer(PruningTrainer, CheckpointingTrainer):
             return
         of_losses = (parameter for group in cast(Any, self.optimizer).param_groups for parameter in group["params"])
         whole = self._whole_model()
+        reshard(whole)
         held = {tensor: tensor.detach().clone() for tensor in (*whole.parameters(), *whole.buffers(), *of_losses)}
         self._load_weights(str(found[0]), self.model_wrapped if self.is_fsdp_enabled else None)
         try:

@@ -39,6 +39,7 @@ NAME, STEPS = ONE_EACH[0], 14
 SIZES = uneven(NAME) | {"num_hidden_layers": 2}
 CONFIG = OTOConfig(min_neurons=3, round_to=3, pruning_periods=3)
 AT_ONCE = OTOConfig(min_neurons=3, round_to=3, pruning_periods=3, pruning_start_ratio=0.0)
+MILESTONE = OTOConfig(min_neurons=3, round_to=3, pruning_periods=2, milestones=(0.25,))  # its leg: steps 1 … 9
 UNIFORM = OTOConfig(min_neurons=3, round_to=3, pruning_periods=3, uniform=True, structures=("neurons",))
 # What is stopped before which step, and goes on from which kind of checkpoint. Not before the first: torch makes
 # Adam's state to save it, by a step that Adam counts. SGD has none, so torch takes such a step at every save.
@@ -347,6 +348,25 @@ def trained(trainer: OTOTrainer, checkpoint: Path | None = None) -> dict:
     return held(trainer.model, trainer.hspg, torch.stack(history))
 
 
+def passed_milestone(trainer: OTOTrainer) -> dict:
+    """The model after every step of a run that keeps the best one of a milestone, and when it has kept it."""
+    seen = {}
+
+    class Look(TrainerCallback):
+        def note(self, name):
+            seen[name] = {key: value.full_tensor() for key, value in trainer.model.named_parameters()}
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.note(state.global_step)
+
+        def on_save(self, args, state, control, **kwargs):
+            self.note(f"saved {state.global_step}")
+
+    trainer.add_callback(Look())
+    trainer.train()
+    return seen
+
+
 def run_trainer(folder: Path) -> dict:
     found = {}
     if dist.get_rank() == 0:
@@ -372,6 +392,11 @@ def run_trainer(folder: Path) -> dict:
         again = trainer_of(arguments(folder / f"{way}-resumed", **settings))
         found[f"{way}-resumed"] = trained(again, folder / way / "checkpoint-5")
     sharded = sharded_by_accelerate("FULL_STATE_DICT")
+    most = {"metric_for_best_model": "loss", "greater_is_better": True, "load_best_model_at_end": True}
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    found["milestone"] = passed_milestone(
+        trainer_of(arguments(folder / "milestone", **sharded, **most, **every), config=MILESTONE)
+    )
     found["uniform"] = trained(trainer_of(arguments(folder / "uniform", **sharded), config=UNIFORM))
     return found
 

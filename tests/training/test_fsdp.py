@@ -1,6 +1,7 @@
 """FSDP2 in real processes: layouts, checkpoints on any number of ranks, and the whole model out of its shards."""
 
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -148,6 +149,19 @@ def test_trainer_saves_once_what_all_ranks_hold(ran, way):
     assert counts(small) != counts(full) and type(small).__name__ == f"OTO{fsdp_ranks.NAME}"
     assert largest_difference(outputs(small), outputs(full)) <= 1e-5
     assert not [path for path in ran.folder.iterdir() if path.name.startswith(".")]
+
+
+def test_trainer_keeps_the_best_model_of_a_milestone_and_goes_on_from_the_last(ran):
+    """The largest loss is taken for the best: that of the first step of the recovery, the fifth of the run."""
+    first, second = ran("trainer", 0)["milestone"], ran("trainer", 1)["milestone"]
+    for seen in (first, second):
+        assert same(seen["saved 9"], seen[9])
+    place = ran.folder / "milestone" / "0.25"
+    step = json.loads((place / "milestone.json").read_text())["step"]
+    full = tiny_model(fsdp_ranks.NAME, **fsdp_ranks.SIZES)
+    full.load_state_dict(first[step])
+    assert step == 5
+    assert largest_difference(outputs(AutoModelForQuestionAnswering.from_pretrained(place)), outputs(full)) <= 1e-5
 
 
 def test_trainer_saves_the_familys_own_class_where_blocks_are_alike(ran):

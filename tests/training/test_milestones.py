@@ -9,11 +9,12 @@ import torch
 from families import counts, largest_difference, outputs
 from runs import differences, held
 from runs import make as make_run
-from short_runs import SIZES, STEPS, StopAt, make
+from short_runs import SIZES, STEPS, StopAt, arguments, make
 from transformers import AutoModelForQuestionAnswering, BertConfig, TrainerCallback
 
 from hf_oto import OTOTrainer
 from hf_oto.report.milestones import Size, folder_name, plotted_score, sizes_table
+from hf_oto.training.learning_rate import scheduler_of
 from hf_oto.training.milestones import best_step
 
 # Of the 24 steps, legs end after 12, 18 and 24: the first prunes in the steps 2 … 7, each later one in its first 3.
@@ -78,11 +79,12 @@ def test_the_rate_falls_to_every_size_and_rises_again(trained, tmp_path):
     _, trainer, _ = trained
     rates = [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e]
     assert rates == pytest.approx([3e-3 * left / leg for leg in (12, 6, 6) for left in range(leg, 0, -1)])
-    stable = make(tmp_path, config=SIZES, lr_scheduler_type="warmup_stable_decay", warmup_steps=1 / 6, logging_steps=1)
-    stable.train()
-    rates = [e["learning_rate"] / 3e-3 for e in stable.state.log_history if "learning_rate" in e]
+    options = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 1 / 6, "learning_rate": 1.0}
+    model = torch.nn.Linear(1, 1)
+    stable = scheduler_of(arguments(tmp_path, **options), SIZES, torch.optim.SGD(model.parameters(), lr=1.0), STEPS)
+    factors = [stable.lr_lambdas[0](step) for step in range(STEPS)]
     later = [0, 1, 1, 1, 2 / 3, 1 / 3]
-    assert rates == pytest.approx([0, 0.5, *[1.0] * 6, 0.8, 0.6, 0.4, 0.2, *later, *later][: len(rates)])
+    assert factors == pytest.approx([0, 0.5, *[1.0] * 6, 0.8, 0.6, 0.4, 0.2, *later, *later][:STEPS])
 
 
 def test_the_card_has_a_table_and_a_picture_of_all_sizes(trained):
@@ -108,7 +110,7 @@ def test_resuming_is_exact_from_every_stage(tmp_path, caplog, no_pictures):
     options = {"dropout": True, "config": replace(SIZES, shrink_during_training=True), "max_steps": STEPS}
     whole = make_run(tmp_path / "whole", save_steps=1, **options)
     whole.train()
-    for stop in (1, 5, 9, 12, 13, 16, 20):
+    for stop in (4, 9, 12, 14, 20):
         resumed = make_run(tmp_path / f"from-{stop}", save_strategy="no", **options)
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
         assert differences(held(resumed), held(whole)) == [], stop
