@@ -268,10 +268,9 @@ class HSPG(Optimizer):
 
     def metrics(self) -> dict[str, float]:
         """
-        Progress of the compression: `group_sparsity`, `removed_params` and `removed_macs` are shares in [0, 1] of the
-        chosen structures of the dense architecture; `heads` and `neurons` count what the whole model has left. With
-        the unit `"latency"` also `removed_latency`, the share of the whole model's time by the table; with milestones
-        `milestone`, the share that the run goes for now, or recovers at.
+        `group_sparsity`, `removed_params` and `removed_macs` are shares in [0, 1] of the chosen structures of the
+        dense architecture, `heads` and `neurons` count what the whole model has left; in the unit `"latency"` also
+        `removed_latency`, of the whole model's time by the table; with milestones `milestone`, what the run goes for.
         """
         aim = self.schedule.leg(self.steps_done).share
         return progress.metrics(self.partition, self.config, self.zero_masks(), aim)

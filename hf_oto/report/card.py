@@ -76,18 +76,12 @@ def card_section(
     )
     without = "It is a model of its family's own class, and needs no code of its own."
     without = without if plain else "With `import hf_oto` before it, `trust_remote_code` is not needed."
-    faster = ""
-    if summary.latency_ratio is not None:
-        faster = (
-            f"\nA forward takes {1 - summary.latency_ratio:.1%} less time than the dense model's, by a table that "
-            f"was measured with {summary.latency_conditions}.\n"
-        )
     return f"""## Compression
 
 While it was fine-tuned, whole attention heads and feed-forward neurons were removed by
 [Only Train Once](https://arxiv.org/abs/2107.07467): {1 - summary.prunable_ratio:.1%} of the weights that they own, and
 {1 - summary.macs_ratio:.1%} of their multiply-accumulates. No mask is left, and nothing has to be fine-tuned again.
-{faster}
+{_faster(summary)}
 {table}{layers}{summary}
 
 {run}{sizes_section(sizes, pictured=PICTURE in pictures)}## How to load it
@@ -99,6 +93,15 @@ While it was fine-tuned, whole attention heads and feed-forward neurons were rem
 {without}
 
 """
+
+
+def _faster(summary: Summary) -> str:
+    if summary.latency_ratio is None:
+        return ""
+    return (
+        f"\nA forward takes {1 - summary.latency_ratio:.1%} less time than the dense model's, by a table that was "
+        f"measured with {summary.latency_conditions}.\n"
+    )
 
 
 def leaderboard_results(
