@@ -142,8 +142,13 @@ class ZeroWeights:
     def moved(self) -> bool:
         """Whether any of them is not zero, on any rank."""
         arrays, groups, places = self._chosen
-        some = any(groups_g.numel() for groups_g in groups)
-        return some and bool((squared_norms(arrays, places) * self._zero_G).any())
+        owned = [places[owned.name][0] for array in arrays for owned in array.owned]
+        if not any(groups_g.numel() for groups_g in groups):
+            return False
+        if devices.gathers(owned[0]) or any(is_sharded(parameter) for parameter in owned):
+            return bool((squared_norms(arrays, places) * self._zero_G).any())
+        pieces, _ = stacked_weights(arrays, groups, places, devices.entries(owned[0]))
+        return bool(torch.stack([piece.read().any() for piece in pieces]).any())
 
 
 def _alike(

@@ -197,8 +197,10 @@ class HSPG(Optimizer):
             self._zero = ZeroWeights(self._arrays, self._kept[STATUS] == ZERO, self._places())
         if shrinking.moves_each_by_itself(self.base_optimizer) and not self._ends_period(step):
             self._settled = not self._zero.moved()
-        self._zero.clear(self.state)
-        self._zero = None if self._settled else self._zero
+        if self._settled:
+            self._zero = None
+        else:
+            self._zero.clear(self.state)
 
     @torch.no_grad()
     def observe(self, *, loss_scale: float = 1.0, accumulated: bool = False, weight: float = 1.0) -> None:

@@ -10,7 +10,7 @@ from hf_oto import HSPG, OTOConfig, partition
 from hf_oto.hspg import devices
 
 STEPS = 40  # warm-up 6, pruning 18, recovery 16
-BARS = {"first": 500, "warmup": 60, "ordinary": 150, "selection": 800, "end": 500, "recovery": 6}
+BARS = {"first": 500, "warmup": 60, "ordinary": 150, "selection": 500, "end": 500, "recovery": 6}
 ASIDE = ("profiler::",)  # marks for a profiler, which launch nothing
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::is_nonzero")
 
