@@ -144,12 +144,12 @@ METHODS = {"cpu": "clock", "cuda": "CUDA graph"}
 def test_two_models_are_timed_where_they_are(name, device, monkeypatch):
     monkeypatch.setattr(timing, "_IN_A_ROW", 2)
     models = [tiny_model(name, intermediate_size=width).to(device) for width in (24, 8)]
-    (found,) = measure(*models, lengths=(8,), repeats=2, warmup=1)
+    (found,) = measure(*models, sequence_lengths=(8,), repeats=2, warmup=1)
     assert found.method == METHODS.get(device.type, "device events") and found.device == device_name(device)
     assert found.dense.median > 0 and found.pruned.median > 0 and found.macs_ratio > 1
     if device.type != "cpu":
         with pytest.raises(ValueError, match="of ONNX are timed on the CPU, got models on"):
-            measure(*models, backends=("onnx",), lengths=(8,))
+            measure(*models, backends=("onnx",), sequence_lengths=(8,))
 
 
 @pytest.mark.parametrize("name", READING)

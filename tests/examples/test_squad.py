@@ -563,6 +563,7 @@ OTHERS = {
     "pruning_start_ratio": 0.1,
     "pruning_end_ratio": 0.5,
     "pruning_periods": 3,
+    "milestones": (0.3, 0.5),
     "saliency": "taylor",
     "saliency_decay": 0.9,
     "saliency_interval": 2,

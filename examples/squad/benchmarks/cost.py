@@ -252,7 +252,11 @@ def optimizer_memory(options: argparse.Namespace) -> dict[str, dict[str, float]]
     live, gone = LiveBytes(), 0.0
     zero = {(array.layer, array.kind): torch.zeros(array.count, dtype=torch.bool) for array in arrays}
     for _ in range(options.steps):
-        numbers, live.peak = found[stage_of(pruning.schedule, pruning.steps_done)], live.now
+        for parameter in parameters.values():
+            parameter.grad *= parameter != 0  # as those of what the model computes
+        step, ended = pruning.steps_done, pruning.schedule.boundaries[-1]
+        stage = "pruning" if step == ended else stage_of(pruning.schedule, step)  # what it left is looked at once more
+        numbers, live.peak = found[stage], live.now
         with live:
             pruning.step()
         numbers["kept"], numbers["peak"] = max(numbers["kept"], live.now), max(numbers["peak"], live.peak)
