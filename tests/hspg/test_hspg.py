@@ -849,7 +849,7 @@ def test_gradients_that_are_no_numbers_stop_the_run_at_the_selection():
 
 
 @pytest.mark.parametrize("part", ["all", "rows", "columns"])
-def test_zeros_that_a_penalty_pulls_at_are_held(part):
+def test_zeros_that_a_penalty_pulls_at_are_held(part, way):
     """In a loop of one's own: the loss is one on the weights as well, on all that groups own or on some of it."""
     model, optimizer = model_and_optimizer(ONE_EACH[0], OTOConfig(pruning_periods=3, **SMALL), steps=24)
     own, first = dict(model.named_parameters()), dict(tiny_model(ONE_EACH[0]).named_parameters())
