@@ -82,6 +82,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pruning_end_ratio", type=float, default=0.5, help="As in OTOConfig.")
     parser.add_argument("--pruning_periods", type=int, default=10, help="As in OTOConfig.")
     parser.add_argument("--keep_dropout", action="store_true", help="As in OTOConfig.")
+    parser.add_argument("--shrink_during_training", action="store_true", help="As in OTOConfig.")
+    parser.add_argument("--bf16", action="store_true", help="Train in bfloat16, where the processor is made for it.")
     parser.add_argument(
         "--max_samples", type=int, help="Use so many texts, pairs and questions only: to try a command."
     )
@@ -188,6 +190,8 @@ def training_arguments(kind: Callable[..., Any], options: argparse.Namespace, fo
         lr_scheduler_kwargs=decays,  # the same for every method
         warmup_steps=0.05,
         weight_decay=0.01,
+        bf16=options.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # in bfloat16 Trainer asks for it by name
         seed=options.seed,
         save_strategy="no",
         report_to=[],
@@ -206,6 +210,7 @@ def pruning(options: argparse.Namespace) -> dict[str, Any]:
         pruning_end_ratio=options.pruning_end_ratio,
         pruning_periods=min(options.pruning_periods, max(1, options.max_steps // 5)),
         keep_dropout=options.keep_dropout,
+        shrink_during_training=options.shrink_during_training,
     )
     return {"oto_config": config}
 
@@ -272,7 +277,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         **({"blocks": options.blocks} if options.method == "layers" else {}),
         **{"metric": options.metric, "saliency": options.saliency, "seed": options.seed, **scores},
         **{"macs_kept": macs / dense_macs, "steps": options.max_steps, "learning_rate": options.learning_rate},
-        **{"batch_size": options.batch_size, "keep_dropout": options.keep_dropout, "seconds": round(seconds, 1)},
+        **{"batch_size": options.batch_size, "keep_dropout": options.keep_dropout, "bf16": options.bf16},
+        "seconds": round(seconds, 1),
     }
 
 
