@@ -563,7 +563,7 @@ OTHERS = {
     "pruning_start_ratio": 0.1,
     "pruning_end_ratio": 0.5,
     "pruning_periods": 3,
-    "milestones": (0.3, 0.5),
+    "milestones": (0.3, 0.4),  # below the default target as well
     "saliency": "taylor",
     "saliency_decay": 0.9,
     "saliency_interval": 2,
@@ -643,9 +643,10 @@ def test_arguments_in_a_json_file(tmp_path):
         "structures": ["neurons"],
     }
     assert parse_arguments([write(tmp_path / "a.json", settings)])[2].oto_config() == OTOConfig(**OTHERS)
-    path = write(tmp_path / "a.json", {**settings, "target_sparsity": None, "learning_rate": 0.5, "n_best_size": 9})
+    published = {"target_sparsity": None, "milestones": []}
+    path = write(tmp_path / "a.json", {**settings, **published, "learning_rate": 0.5, "n_best_size": 9})
     _, data, compression, training = parse_arguments([path])
-    assert compression.oto_config() == OTOConfig(**OTHERS | {"target_sparsity": None})
+    assert compression.oto_config() == OTOConfig(**OTHERS | published)
     assert (data.n_best_size, training.learning_rate) == (9, 0.5)
     with pytest.raises(ValueError, match="speed"):
         parse_arguments([write(tmp_path / "b.json", {**settings, "speed": 1})])
