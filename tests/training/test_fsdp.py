@@ -1,17 +1,13 @@
 """FSDP2 in real processes: layouts, checkpoints on any number of ranks, and the whole model out of its shards."""
 
-import fcntl
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import fsdp_ranks
 import pytest
 import torch
 from families import counts, largest_difference, outputs, removed_and_next, tiny_model
+from launching import Launches, shared_folder
 from transformers import AutoModelForQuestionAnswering, TrainingArguments
 
 from hf_oto import OTOTrainer, partition
@@ -22,43 +18,22 @@ from hf_oto.models.groups import zero_groups
 pytestmark = pytest.mark.slow
 
 
-class Runs:
-    """What each rank held. A launch happens once, when it is first asked for, by whichever worker that is."""
-
-    LAUNCHES = {"bare,gathered,refused,trainer": 2, "resumed": 4}
-
-    def __init__(self, folder):
-        self.folder = folder
-        folder.mkdir(exist_ok=True)
-
-    def __call__(self, mode, rank=0, ranks=2):
-        if mode == "resumed":
-            self("bare")  # whose checkpoints they are
-        modes = next(modes for modes in self.LAUNCHES if mode in modes.split(","))
-        said = self.folder / f"{modes}.txt"
-        with open(self.folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not said.exists():
-                said.write_text(self.launch(modes))
-        assert said.read_text() == ""
-        return torch.load(self.folder / f"{mode}-{ranks}-{rank}.pt", weights_only=True)
-
-    def launch(self, modes):
-        ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.LAUNCHES[modes])]
-        done = subprocess.run(
-            [sys.executable, *ranks, str(Path(fsdp_ranks.__file__)), modes, str(self.folder)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        return done.stderr[-4000:] if done.returncode else ""
+LAUNCHES = {"bare,gathered,refused,trainer": 2, "resumed": 4}
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp()
-    return Runs((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "fsdp")
+    """What each rank held."""
+    launches = Launches(fsdp_ranks, LAUNCHES, shared_folder(tmp_path_factory, "fsdp"))
+
+    def found(mode, rank=0, ranks=2):
+        if mode == "resumed":
+            launches.done("bare")  # whose checkpoints they are
+        launches.done(mode)
+        return torch.load(launches.folder / f"{mode}-{ranks}-{rank}.pt", weights_only=True)
+
+    found.folder = launches.folder
+    return found
 
 
 def same(actual, expected):

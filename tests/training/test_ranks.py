@@ -1,16 +1,12 @@
 """Two real processes, or four: every rank holds the same masks, those of one process on the same global batch."""
 
-import fcntl
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import ranks
 import torch
 from families import ONE_EACH, OTHERS, counts, largest_difference, outputs, removed_and_next, tiny_model
+from launching import Launches, shared_folder
 from ranks import ALL_FAMILIES, GLOBAL_BATCH, plan, taught_rows, uneven
 from transformers import AutoModelForQuestionAnswering
 
@@ -24,42 +20,21 @@ from hf_oto.training.distillation import divergence
 pytestmark = pytest.mark.slow
 
 
-class Runs:
-    """What each rank held. A launch happens once, when it is first asked for, by whichever worker that is."""
-
-    LAUNCHES = {"ddp,fsdp,fsdp_blocks,shrinking,taught,trainer": 2, "ddp4": 4}
-
-    def __init__(self, folder):
-        self.folder = folder
-        folder.mkdir(exist_ok=True)
-
-    def __call__(self, mode, name=None, rank=0):
-        modes = next(modes for modes in self.LAUNCHES if mode in modes.split(","))
-        said = self.folder / f"{modes}.txt"
-        with open(self.folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not said.exists():
-                said.write_text(self.launch(modes))
-        assert said.read_text() == ""
-        file = "-".join(str(part) for part in (mode, name, rank) if part is not None)
-        return torch.load(self.folder / f"{file}.pt", weights_only=True)
-
-    def launch(self, modes):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.LAUNCHES[modes])]
-        done = subprocess.run(
-            [sys.executable, *launcher, str(Path(ranks.__file__)), modes, str(self.folder)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        return done.stderr[-4000:] if done.returncode else ""
+LAUNCHES = {"ddp,fsdp,fsdp_blocks,shrinking,taught,trainer": 2, "ddp4": 4}
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp()
-    return Runs((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "ranks")
+    """What each rank held."""
+    launches = Launches(ranks, LAUNCHES, shared_folder(tmp_path_factory, "ranks"))
+
+    def found(mode, name=None, rank=0):
+        launches.done(mode)
+        file = "-".join(str(part) for part in (mode, name, rank) if part is not None)
+        return torch.load(launches.folder / f"{file}.pt", weights_only=True)
+
+    found.folder = launches.folder
+    return found
 
 
 @functools.cache

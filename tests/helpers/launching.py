@@ -1,0 +1,48 @@
+"""Launches of several ranks, each done once for all tests that ask what its ranks held."""
+
+import fcntl
+import os
+import subprocess
+import sys
+
+
+class Launches:
+    """
+    What launches have left in a folder. Each happens when it is first asked for, by whichever worker that is.
+
+    Args:
+        script: The module that every rank runs, with the modes and the folder as its arguments.
+        ranks: How many ranks, by modes that are launched together, joined by commas.
+        folder: Where they write.
+    """
+
+    def __init__(self, script, ranks, folder):
+        self.script, self.ranks, self.folder = script, ranks, folder
+        folder.mkdir(exist_ok=True)
+
+    def done(self, mode):
+        """Launch what has this mode, unless that is done."""
+        modes = next(modes for modes in self.ranks if mode in modes.split(","))
+        said = self.folder / f"{modes}.txt"
+        with open(self.folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not said.exists():
+                said.write_text(self.launch(modes))
+        assert said.read_text() == ""
+
+    def launch(self, modes):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks[modes])]
+        done = subprocess.run(
+            [sys.executable, *launcher, self.script.__file__, modes, str(self.folder)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        return done.stderr[-4000:] if done.returncode else ""
+
+
+def shared_folder(tmp_path_factory, name):
+    """One folder for all of a run's workers."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / name
