@@ -1,7 +1,10 @@
-"""What surrounds the code names what there is: the quick tests, and the versions that CI tries."""
+"""What surrounds the code names what there is; and what the code itself never does, read as text."""
 
+import ast
 import re
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,3 +36,39 @@ def test_ci_tries_the_oldest_and_the_newest_of_what_is_supported():
         and "transformers$(addprefix ==,$(TRANSFORMERS))" in read("Makefile")
     )
     assert "- run: .ci/run" in workflow
+
+
+# What makes tensors of nothing. Without a device and a precision they take those that the user has set for their own:
+# `torch.set_default_device`, `torch.set_default_dtype`, or a device as context.
+FACTORIES = {"arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm"}
+FACTORIES |= {"tensor", "zeros"}
+FLOATING = {"empty", "eye", "linspace", "ones", "rand", "randn", "zeros"}  # unless told otherwise
+# Modules are made where, and in what, their model is.
+OF_MODULES = {"modeling_oto.py"}
+
+
+def undecided(source):
+    """The lines of a source in which a tensor is made that does not say where, or in which precision."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        if ast.unparse(node.func.value) != "torch" or node.func.attr not in FACTORIES:
+            continue
+        said = {keyword.arg for keyword in node.keywords}
+        needed = {"device"} | ({"dtype"} if node.func.attr in FLOATING else set())
+        if None not in said and needed - said:  # `**options` may say it
+            found.append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "hf_oto").glob("**/*.py")), ids=lambda path: path.stem)
+def test_no_tensor_is_made_where_the_user_makes_theirs(path):
+    if path.name not in OF_MODULES:
+        assert undecided(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("source", ["torch.arange(3)", "torch.zeros(3, device='cpu')", "x = 1\ntorch.tensor([x])"])
+def test_it_is_seen_where_a_tensor_does_not_say_where(source):
+    assert undecided(source) == [source.count("\n") + 1]
+    assert undecided("torch.zeros(3, dtype=int, device='cpu'), torch.zeros(3, **there), torch.zeros_like(x)") == []

@@ -32,8 +32,8 @@ def read_device(name: str) -> torch.device:
     """A device that is there."""
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, dtype=torch.float32, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise ValueError(f"`device` must be cpu, or cuda where there is one, got {name!r}: {error}") from error
     return device
 

@@ -292,14 +292,16 @@ class QuestionAnswerer:
         places_per_start = len(context) + 1
         for window, (starts, ends) in windows:
             first_S, last_S, score_S = span_scores(starts, ends, self.max_answer_length)
-            places_L2 = torch.tensor(window.spans)
+            places_L2 = torch.tensor(window.spans, device="cpu")
             # Tokens outside of the context, and those without a character, are at no place.
             placed_L = places_L2[:, 1] > places_L2[:, 0]
             inside_S = placed_L[first_S] & placed_L[last_S]
             keys.append((places_L2[first_S, 0] * places_per_start + places_L2[last_S, 1])[inside_S])
             scores.append(score_S[inside_S])
         key_S, inverse = torch.unique(torch.cat(keys), return_inverse=True)
-        score_S = torch.full(key_S.shape, -torch.inf).scatter_reduce(0, inverse, torch.cat(scores), "amax")
+        score_S = torch.full_like(key_S, -torch.inf, dtype=torch.float32).scatter_reduce(
+            0, inverse, torch.cat(scores), "amax"
+        )
         if handle_impossible_answer:
             null = torch.stack([starts[window.null] + ends[window.null] for window, (starts, ends) in windows]).min()
             key_S, score_S = F.pad(key_S, (0, 1)), torch.cat([score_S, null[None]])  # characters 0 to 0
@@ -344,8 +346,8 @@ def span_scores(starts: Tensor, ends: Tensor, max_length: int) -> tuple[Tensor, 
     # Row i holds the ends i … i + A - 1; beyond the last token there is none.
     ends_LA = F.pad(ends, (0, width - 1), value=-torch.inf).unfold(0, width, 1)
     score_LA = starts[:, None] + ends_LA
-    first_LA = torch.arange(length)[:, None].expand_as(score_LA)
-    last_LA = first_LA + torch.arange(width)
+    first_LA = torch.arange(length, device=starts.device)[:, None].expand_as(score_LA)
+    last_LA = first_LA + torch.arange(width, device=starts.device)
     valid = last_LA < length
     return first_LA[valid], last_LA[valid], score_LA[valid]
 

@@ -175,7 +175,9 @@ def _sizes(groups: Partition) -> list[list[tuple[int, int]]]:
 
 def _of_sizes(model: PreTrainedModel, groups: Partition, sizes: Sequence[tuple[int, int]]) -> PreTrainedModel:
     counts = [count for size in sizes for count in size]
-    kept = [torch.arange(array.count) < count for array, count in zip(groups.arrays, counts, strict=True)]
+    kept = [
+        torch.arange(array.count, device="cpu") < count for array, count in zip(groups.arrays, counts, strict=True)
+    ]
     cut = keep_groups(model, groups, kept).eval()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     owned = {name for array in groups.arrays for name, _ in array.members}
@@ -257,8 +259,8 @@ def _curves(
     """
     points = [sorted({size[kind] for size in sizes}) for kind in (0, 1)]
     unknowns = [len(points[0]) - 1, len(points[1]) - 1]
-    time_M = torch.tensor(times, dtype=torch.float64)
-    design_MK = torch.zeros(len(sizes), 1 + sum(unknowns), dtype=torch.float64)
+    time_M = torch.tensor(times, dtype=torch.float64, device="cpu")
+    design_MK = torch.zeros(len(sizes), 1 + sum(unknowns), dtype=torch.float64, device="cpu")
     design_MK[:, 0] = 1
     for row, size in enumerate(sizes):
         for kind, offset in ((0, 0), (1, unknowns[0])):

@@ -105,7 +105,10 @@ def export_onnx(
     if path.exists():
         raise FileExistsError(f"{path} exists already. Choose another file, or remove it.")
     if model.device.type != "cpu" or model.dtype != torch.float32:
-        raise ValueError(f"`model` must be on the CPU in float32, got {model.dtype} on {model.device}.")
+        raise ValueError(
+            f"`model` must be on the CPU in float32, got {model.dtype} on {model.device}. Pass it as "
+            f"`model.to('cpu', torch.float32)`, which moves it, or a copy of it."
+        )
     computed = model if pooling is None else PooledModel(model, pooling)
     longest = longest_input(model)
     sizes = ((1, 5), (3, min(longest, 96)), (5, min(longest, 24)))
@@ -209,7 +212,7 @@ def _quantized(source: Path, target: Path) -> Path:
 @torch.no_grad()
 def _errors(model: nn.Module, session: Any, batches: list[dict[str, Tensor]]) -> tuple[float, float]:
     """The largest and the mean difference of an output, as a share of its largest magnitude; NaN if one is."""
-    worst = mean = torch.zeros(())
+    worst = mean = torch.zeros((), dtype=torch.float32, device="cpu")
     for batch in batches:
         with evaluating(model):
             expected = model(**batch, return_dict=True)

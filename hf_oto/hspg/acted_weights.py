@@ -18,7 +18,7 @@ from .group_weights import GroupWeights, Places, group_weights, squared_norms, z
 from .half_space import Weights, half_space_step, read
 from .selection import indices
 from .sharding import is_sharded, local, sum_over_shards
-from .stacked_weights import clear_stacked, stacked_weights
+from .stacked_weights import Chosen, choose, clear_stacked, stacked_weights
 
 
 class ActedWeights:
@@ -50,7 +50,7 @@ class ActedWeights:
         if keeps and not self._foreach:  # nobody asks for them again
             self._chosen = arrays, [], places
         self._values: list[Tensor] = []
-        self._sq_norm_A = torch.zeros(0)
+        self._sq_norm_A = torch.zeros(0, dtype=torch.float32, device=self._device)
         self._marks: list[tuple[int, int]] = []
 
     def _find(self) -> None:
@@ -86,7 +86,8 @@ class ActedWeights:
             return
         if self._foreach and [pointer for pointer, _ in marks] != [pointer for pointer, _ in self._marks]:
             self._find()
-        self._values, self._sq_norm_A = read(self._weights, torch.zeros(self._number, device=self._device))
+        zeros_A = torch.zeros(self._number, dtype=torch.float32, device=self._device)
+        self._values, self._sq_norm_A = read(self._weights, zeros_A)
         self._sum_up(self._sq_norm_A)
 
     def step(self, *, epsilon: float | None, steps_left: int | None, lmbda: float) -> Tensor:
@@ -127,12 +128,15 @@ class ZeroWeights:
         self._chosen = arrays, indices(zero_G, arrays), places
         self._zero_G = zero_G
         self._weights: list[GroupWeights] | None = None
+        self._on_device: list[Chosen] | None = None
 
     def clear(self, state: Mapping[Any, Mapping[str, Any]]) -> None:
         """Set them to zero, once more."""
         arrays, groups, places = self._chosen
         if (tensors := _alike(arrays, places, state)) is not None:
-            clear_stacked(arrays, groups, tensors)
+            if self._on_device is None:  # a copy there waits for the device
+                self._on_device = choose(arrays, groups, places)
+            clear_stacked(self._on_device, tensors)
             return
         if self._weights is None:
             self._weights = group_weights(arrays, groups, places)

@@ -84,8 +84,8 @@ def makes_state(optimizer: Optimizer, owned: Mapping[str, Tensor]) -> bool:
     gradients = [local(each.grad) for group in groups for each in group["params"] if each.grad is not None]
     if not gradients:
         return False
-    held = [gradient for gradient in gradients if gradient.numel()]  # some ranks' shards have no rows
-    norms = torch._foreach_norm(held, ord=torch.inf) if held else [torch.zeros((), device=gradients[0].device)]
-    found = torch.stack([norm.float() for norm in norms]).ne(0).sum()
+    # Some ranks' shards have no rows.
+    held = [gradient for gradient in gradients if gradient.numel()] or [gradients[0].new_zeros(1)]
+    found = torch.stack([norm.float() for norm in torch._foreach_norm(held, ord=torch.inf)]).ne(0).sum()
     sum_over_shards(found, owned.values())
     return not bool(found)

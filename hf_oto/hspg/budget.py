@@ -47,9 +47,9 @@ def removal_costs(partition: Partition, kind: str, config: OTOConfig) -> Tensor:
     in nanoseconds, and that may depend on how many it has left.
     """
     if config.latency_table is not None:
-        return torch.tensor(config.latency_table.saved(kind), dtype=torch.int64)
+        return torch.tensor(config.latency_table.saved(kind), dtype=torch.int64, device="cpu")
     cost = group_cost(partition, kind, config.target_unit, config.sequence_length)
-    return torch.full((partition.dense_count(kind),), cost, dtype=torch.int64)
+    return torch.full((partition.dense_count(kind),), cost, dtype=torch.int64, device="cpu")
 
 
 def dense_cost(partition: Partition, config: OTOConfig, unit: str | None = None) -> int:
@@ -248,13 +248,14 @@ def target_examples(partition: Partition, config: OTOConfig) -> dict[str, list[i
     kept = {name: [array.count for array in partition.arrays] for name in ("heads first", "evenly", "neurons first")}
     if not arrays:
         return kept
-    count_B = torch.tensor([array.count for array in arrays])
+    count_B = torch.tensor([array.count for array in arrays], device="cpu")
     costs = costs_of(partition, arrays, config)
-    heads_B = torch.tensor([array.kind == "heads" for array in arrays])
-    floor_B, multiple_B = torch.tensor([floor_and_multiple(array.kind, config) for array in arrays]).unbind(1)
-    array_G = torch.arange(len(arrays)).repeat_interleave(count_B)
+    heads_B = torch.tensor([array.kind == "heads" for array in arrays], device="cpu")
+    limits = [floor_and_multiple(array.kind, config) for array in arrays]
+    floor_B, multiple_B = torch.tensor(limits, device="cpu").unbind(1)
+    array_G = torch.arange(len(arrays), device="cpu").repeat_interleave(count_B)
     cost_G, mean_G = torch.cat(costs), torch.stack([cost_g.double().mean() for cost_g in costs])[array_G]
-    rank_G = torch.cat([(torch.arange(array.count).double() + 0.5) / array.count for array in arrays])
+    rank_G = torch.cat([(torch.arange(array.count, device="cpu").double() + 0.5) / array.count for array in arrays])
     # Scores per cost about 1 within the kind that goes first, far beyond it in the other.
     late = {"heads first": ~heads_B, "evenly": heads_B & ~heads_B, "neurons first": heads_B}
     for name, late_B in late.items():

@@ -119,7 +119,7 @@ def group_weights(arrays: Sequence[GroupArray], groups: Sequence[Tensor], places
     for array, groups_g in zip(arrays, groups, strict=True):
         if not groups_g.numel():
             continue
-        owners_g = torch.arange(first, first + groups_g.numel())
+        owners_g = torch.arange(first, first + groups_g.numel(), device="cpu")
         for owned in array.owned:
             positions_P = owned.positions(array.count, groups_g)
             owners_P = owners_g.repeat_interleave(owned.width).repeat(len(owned.blocks))
@@ -149,7 +149,7 @@ def squared_norms(arrays: Sequence[GroupArray], places: Places) -> Tensor:
             if own.shape[owned.dim] != parameter.shape[owned.dim]:
                 start, stop = held(parameter, owned.dim)
                 mine_P = own if own.dim() == 1 else norms_along(own, [1])
-                own = torch.zeros(parameter.shape[0], device=own.device)
+                own = torch.zeros(parameter.shape[0], dtype=mine_P.dtype, device=own.device)
                 own[start:stop] = mine_P
             split = own.unflatten(owned.dim, groups)
             others = [dim for dim in range(split.dim()) if dim != owned.dim + 1]

@@ -25,14 +25,14 @@ from torch.optim import Optimizer
 
 from ..config import OTOConfig
 from ..models.groups import GroupArray, Partition
-from . import budget, progress, selection, shrinking
+from . import budget, devices, progress, selection, shrinking
 from .acted_weights import ActedWeights, ZeroWeights
 from .base_optimizers import check_names, check_state, makes_state, named_parameters
 from .group_weights import Places, squared_norms
 from .saliency import Observations, gathered_derivatives, update_saliency
-from .saved_state import KEPT, REDUNDANT, SALIENCY, SETTINGS, STATUS, STEP, ZERO, check_saved, settings
+from .saved_state import KEPT, REDUNDANT, SALIENCY, SETTINGS, STATUS, STEP, ZERO, bring, check_saved, settings
 from .schedule import Schedule
-from .sharding import check_sharding, local
+from .sharding import check_sharding
 
 
 class HSPG(Optimizer):
@@ -87,14 +87,23 @@ class HSPG(Optimizer):
     def __repr__(self) -> str:
         return f"HSPG({type(self.base_optimizer).__name__}, step {self.steps_done}, {self.stage}, {self.metrics()})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All of it, for copies: torch's own keeps what every optimizer has."""
+        mine = ("base_optimizer", "partition", "config", "schedule", "_arrays")
+        return {**super().__getstate__(), **{name: vars(self)[name] for name in mine}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
     def _share(self) -> None:
         """Use the base optimizer's own lists, and forget what was made from the old ones."""
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
         self._observations = Observations(self.config.saliency)
-        self._acting: ActedWeights | None = None  # what the penalty acts on
+        self._acting: ActedWeights | bool | None = None  # what the penalty acts on; False where it is nothing
         self._zero: ZeroWeights | None = None  # what is zero for good
-        self._settled = False  # whether it stays zero by itself
+        self._settled: bool | None = None  # whether it stays zero by itself, once that was asked
         self._checked = False  # whether the parameters are sharded in a way that is supported
 
     # The step.
@@ -106,15 +115,17 @@ class HSPG(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        owned, step = self._owned(), self.steps_done
+        if bring(self._kept, devices.shared(owned)):  # the user has moved the weights, and the state that he knows of
+            self._share()
         if not self._checked:  # accelerate shards them after the construction
-            check_sharding(self._owned())
+            check_sharding(owned)
             self._checked = True
         if STATUS not in self._kept:
             self._begin()
-        if makes_state(self, self._owned()):
+        if makes_state(self, owned):
             self.base_optimizer.step()
             return loss
-        step = self.steps_done
         self._remember()
         if self.config.target_sparsity and self.schedule.starts_period(step):
             self._select(step)
@@ -123,11 +134,11 @@ class HSPG(Optimizer):
             acting.look()
         self.base_optimizer.step()
         if step == 0:
-            check_state(self.base_optimizer, self._owned())
+            check_state(self.base_optimizer, owned)
         if self._ends_period(step):
             status_G = self._kept[STATUS]
             status_G.masked_fill_(status_G == REDUNDANT, ZERO)
-            self._acting, self._zero, self._settled = None, None, False
+            self._acting, self._zero, self._settled = None, None, None
         self._keep_zero(step)
         if acting is not None:
             self._half_space_step(acting, step)
@@ -137,7 +148,7 @@ class HSPG(Optimizer):
     def _begin(self) -> None:
         """Find the groups that are zero whole. Now the weights are where they will be, on their rank and device."""
         zero_G = squared_norms(self._arrays, self._places()) == 0
-        self._kept[SALIENCY] = torch.zeros(len(zero_G), device=zero_G.device)
+        self._kept[SALIENCY] = torch.zeros(len(zero_G), dtype=torch.float32, device=zero_G.device)
         self._kept[STATUS] = zero_G.to(torch.uint8) * ZERO
 
     def _remember(self) -> None:
@@ -166,9 +177,9 @@ class HSPG(Optimizer):
         if self._acting is None:
             status_G = self._kept[STATUS]
             groups = selection.indices(status_G >= 0 if published else status_G == REDUNDANT, self._arrays)
-            if any(len(each) for each in groups):
-                self._acting = ActedWeights(self._arrays, groups, self._places(), keeps=not published)
-        return self._acting
+            some = any(len(each) for each in groups)
+            self._acting = some and ActedWeights(self._arrays, groups, self._places(), keeps=not published)
+        return self._acting if isinstance(self._acting, ActedWeights) else None
 
     def _half_space_step(self, acting: ActedWeights, step: int) -> None:
         if self.config.target_sparsity is not None:
@@ -190,20 +201,21 @@ class HSPG(Optimizer):
 
         Its gradients are zero. Once its optimizer state is zero too, a base optimizer that moves every weight by these
         alone leaves it where it is. After any other, and where a penalty or noise moves it, it is cleared each step.
+        Which it is, is asked once after every period: the answer waits for the device.
         """
         if self.config.target_sparsity is None or self._settled:
             return
         if self._zero is None:
             self._zero = ZeroWeights(self._arrays, self._kept[STATUS] == ZERO, self._places())
-        if shrinking.moves_each_by_itself(self.base_optimizer) and not self._ends_period(step):
-            self._settled = not self._zero.moved()
+        if self._settled is None and not self._ends_period(step):
+            self._settled = shrinking.moves_each_by_itself(self.base_optimizer) and not self._zero.moved()
         if self._settled:
             self._zero = None
         else:
             self._zero.clear(self.state)
 
     @torch.no_grad()
-    def observe(self, *, loss_scale: float = 1.0, accumulated: bool = False, weight: float = 1.0) -> None:
+    def observe(self, *, loss_scale: float | Tensor = 1.0, accumulated: bool = False, weight: float = 1.0) -> None:
         """
         Gather saliency from the gradients that `backward` just left, raw: before clipping.
 
@@ -211,8 +223,9 @@ class HSPG(Optimizer):
         does nothing in the steps between two observations, after the last selection and without a target.
 
         Args:
-            loss_scale (`float`, *optional*, defaults to 1.0):
-                What the loss was multiplied by (`GradScaler.get_scale()`).
+            loss_scale (`float` or `Tensor`, *optional*, defaults to 1.0):
+                What the loss was multiplied by: `GradScaler.get_scale()`, or without a wait for the device
+                `GradScaler.scale(torch.ones_like(loss))`.
             accumulated (`bool`, *optional*, defaults to `False`):
                 Whether the gradients were added to those of the last call. A derivative is linear in them, so the
                 micro-step's own is the difference.
@@ -265,8 +278,8 @@ class HSPG(Optimizer):
         """
         if STATUS not in self._kept:
             return {}
-        held_G = squared_norms(self._arrays, self._places()) == 0 if measured else True
-        return selection.masks((self._kept[STATUS] == ZERO) & held_G, self._arrays)
+        held_G = (squared_norms(self._arrays, self._places()) == 0).cpu() if measured else True
+        return selection.masks((self._kept[STATUS] == ZERO).cpu() & held_G, self._arrays)
 
     def metrics(self) -> dict[str, float]:
         """
@@ -344,10 +357,6 @@ class HSPG(Optimizer):
         check_saved(state_dict["param_groups"], self.param_groups, sum(array.count for array in self._arrays))
         self.base_optimizer.load_state_dict(state_dict)
         self._share()
-        device = next(local(parameter).device for group in self.param_groups for parameter in group["params"])
-        for name in (SALIENCY, STATUS):
-            if name in self._kept:
-                self._kept[name] = self._kept[name].to(device)
 
     def reschedule(self, total_steps: int) -> None:
         """

@@ -30,7 +30,8 @@ def mask_derivatives(columns_HC: Tensor, gradient_HC: Tensor, width: int) -> Ten
     """
     # Weights and gradients are read once, and where there is a cache, the sums over rows stay in it.
     rows = max(1, devices.entries(columns_HC) // columns_HC.shape[1])
-    sums_RC = torch.zeros(min(rows, columns_HC.shape[0]), columns_HC.shape[1], device=columns_HC.device)
+    shape = min(rows, columns_HC.shape[0]), columns_HC.shape[1]
+    sums_RC = torch.zeros(shape, dtype=torch.float32, device=columns_HC.device)
     for columns_RC, gradient_RC in zip(columns_HC.split(rows), gradient_HC.split(rows), strict=True):
         sums_RC[: columns_RC.shape[0]].addcmul_(columns_RC, gradient_RC)
     return sums_RC.sum(dim=0).unflatten(0, (-1, width)).sum(dim=1)
@@ -52,7 +53,7 @@ def gathered_derivatives(arrays: Sequence[GroupArray], places: Places) -> Tensor
 
 def _derivatives(array: GroupArray, columns: Tensor, gradient: Tensor | None) -> Tensor:
     if gradient is None:
-        return torch.zeros(array.count, device=columns.device)
+        return torch.zeros(array.count, dtype=torch.float32, device=columns.device)
     return mask_derivatives(columns, gradient, array.width)
 
 

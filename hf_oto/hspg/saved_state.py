@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
+import torch
+
 from ..config import LatencyTable, OTOConfig
 from ..models.groups import Partition
 from ..renamed import OLD_SETTINGS, read_old_names
@@ -32,6 +34,14 @@ _OLDER_SETTINGS: dict[str, Any] = {
     "uniform": False,
     "milestones": [],
 }
+
+
+def bring(kept: dict[str, Any], device: torch.device) -> bool:
+    """Bring what is kept to the device where the weights are now. Gives whether it was elsewhere."""
+    elsewhere = [name for name in (SALIENCY, STATUS) if name in kept and kept[name].device != device]
+    for name in elsewhere:
+        kept[name] = kept[name].to(device)
+    return bool(elsewhere)
 
 
 def settings(config: OTOConfig, partition: Partition, total_steps: int) -> str:

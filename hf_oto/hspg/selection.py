@@ -38,7 +38,7 @@ def indices(mask_G: Tensor, arrays: Sequence[GroupArray]) -> list[Tensor]:
 
 def counts(mask_G: Tensor, arrays: Sequence[GroupArray]) -> list[int]:
     """Array by array how many of its groups are meant."""
-    ends = torch.tensor(list(accumulate(array.count for array in arrays))) - 1
+    ends = torch.tensor(list(accumulate(array.count for array in arrays)), device="cpu") - 1
     so_far = mask_G.cpu().cumsum(0)[ends].tolist()
     return [end - start for start, end in zip([0, *so_far], so_far, strict=False)]
 
@@ -63,8 +63,8 @@ def saliency(
     elif config.saliency == "random":
         costs = [cost_g.double().mean().float() for cost_g in budget.costs_of(partition, arrays, config)]
         usual_G = torch.cat([cost.expand(array.count) for cost, array in zip(costs, arrays, strict=True)])
-        generator = torch.Generator().manual_seed(torch.initial_seed() + step)
-        drawn_G = torch.rand(len(usual_G), generator=generator) * usual_G
+        generator = torch.Generator("cpu").manual_seed(torch.initial_seed() + step)
+        drawn_G = torch.rand(len(usual_G), dtype=torch.float32, device="cpu", generator=generator) * usual_G
         saliency_G = from_first_rank(drawn_G.to(gathered_G.device))
     else:
         saliency_G = gathered_G
@@ -105,12 +105,12 @@ def choose(
     allowed = budget.allowance(share, total) - removed
     if config.uniform:
         return _uniformly(partition, arrays, config, saliency_G, alive_G, allowed)
-    sizes = torch.tensor([array.count for array in arrays])
-    limits = torch.tensor([budget.floor_and_multiple(array.kind, config) for array in arrays])
+    sizes = torch.tensor([array.count for array in arrays], device="cpu")
+    limits = torch.tensor([budget.floor_and_multiple(array.kind, config) for array in arrays], device="cpu")
     return budget.select_groups(
         saliency_G,
         torch.cat(budget.costs_of(partition, arrays, config)),
-        torch.arange(sizes.numel()).repeat_interleave(sizes),
+        torch.arange(sizes.numel(), device="cpu").repeat_interleave(sizes),
         alive_G,
         allowed,
         limits[:, 0],

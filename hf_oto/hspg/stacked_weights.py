@@ -12,6 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,6 +20,21 @@ from torch import Tensor
 
 from ..models.groups import GroupArray
 from .group_weights import Places, norms_along
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Some of an array's groups.
+
+    Args:
+        array ([`~hf_oto.models.groups.GroupArray`]): The array.
+        numbers (`list[int]`): Which of its groups.
+        index_g (`Tensor`): The same, int64, on the device of the weights.
+    """
+
+    array: GroupArray
+    numbers: list[int]
+    index_g: Tensor
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,7 @@ class Stacked:
             self.views = [view for role in roles for owned in role for view in owned.views()]
         elif self.vectors:
             self.whole = [owned.tensor for role in roles for owned in role]
-            starts = torch.tensor([0] + [len(vector) for vector in self.whole]).cumsum(0).tolist()
+            starts = list(accumulate((len(vector) for vector in self.whole), initial=0))
             moved = [owned.index_g for role in roles for owned in role]
             self.index_P = torch.cat([index + start for index, start in zip(moved, starts, strict=False)])
 
@@ -135,10 +151,11 @@ def stacked_weights(
     """
     order = sorted(range(len(arrays)), key=lambda index: arrays[index].kind)
     tensors = {name: parameter.detach() for name, (parameter, _) in places.items()}
+    chosen = choose(arrays, groups, places)
     found, first = [], 0
     for kind in dict.fromkeys(arrays[index].kind for index in order):
         mine = [index for index in order if arrays[index].kind == kind]
-        by_role = _roles([arrays[index] for index in mine], [groups[index] for index in mine], tensors)
+        by_role = _roles([each for each in chosen if each.array.kind == kind], tensors)
         runs: dict[tuple, list[list[_Owned]]] = defaultdict(list)
         for role in by_role:
             for start, run in _runs(role, places, entries):
@@ -157,14 +174,22 @@ def stacked_weights(
     return found, order
 
 
-def clear_stacked(
-    arrays: Sequence[GroupArray], groups: Sequence[Tensor], tensors: Sequence[Mapping[str, Tensor]]
-) -> None:
+def choose(arrays: Sequence[GroupArray], groups: Sequence[Tensor], places: Places) -> list[Chosen]:
+    """Array by array the groups that are meant, where there are any: copied to the device of the weights at once."""
+    some = [(array, groups_g) for array, groups_g in zip(arrays, groups, strict=True) if groups_g.numel()]
+    if not some:
+        return []
+    device = places[some[0][0].columns][0].device
+    moved = torch.cat([groups_g for _, groups_g in some]).to(device).split([len(each) for _, each in some])
+    return [Chosen(array, given.tolist(), index_g) for (array, given), index_g in zip(some, moved, strict=True)]
+
+
+def clear_stacked(chosen: Sequence[Chosen], tensors: Sequence[Mapping[str, Tensor]]) -> None:
     """Set what groups own to zero, in whole tensors that are laid out as the parameters are."""
     for named in tensors:
         rows: list[_Owned] = []
         wide: list[_Owned] = []
-        for role in _roles(arrays, groups, named):
+        for role in _roles(chosen, named):
             for owned in role:
                 (rows if owned.width == 1 else wide).append(owned)
         if views := [view for owned in wide for view in owned.views()]:
@@ -173,18 +198,11 @@ def clear_stacked(
             owned.tensor.index_fill_(0, owned.index_g, 0)
 
 
-def _roles(
-    arrays: Sequence[GroupArray], groups: Sequence[Tensor], tensors: Mapping[str, Tensor]
-) -> list[list[_Owned]]:
+def _roles(chosen: Sequence[Chosen], tensors: Mapping[str, Tensor]) -> list[list[_Owned]]:
     """Role by role what groups own of each block; a role's blocks are in the arrays' order."""
-    chosen = [(array, groups_g) for array, groups_g in zip(arrays, groups, strict=True) if groups_g.numel()]
-    devices = [tensors[owned.name].device for array, _ in chosen for owned in array.owned if owned.name in tensors]
-    if not devices:
-        return []
-    on_device = torch.cat([groups_g for _, groups_g in chosen]).to(devices[0]).split([len(each) for _, each in chosen])
     roles: dict[tuple[str, int, int], list[_Owned]] = defaultdict(list)
-    for (array, groups_g), moved_g in zip(chosen, on_device, strict=True):
-        numbers = groups_g.tolist()
+    for each in chosen:
+        array, numbers, moved_g = each.array, each.numbers, each.index_g
         for role, owned in enumerate(array.owned):
             if owned.name not in tensors:
                 continue

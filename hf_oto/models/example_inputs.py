@@ -22,13 +22,14 @@ OPTIONAL_INPUT = "token_type_ids"
 def random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """A small batch that any task head of any family takes: tokens, images or sound."""
     config: Any = model.config
-    generator = torch.Generator().manual_seed(0)  # of its own: the caller's random numbers are not used up
+    generator = torch.Generator("cpu").manual_seed(0)  # of its own: the caller's random numbers are not used up
+    here: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
     if model.main_input_name == "pixel_values":
         size = config.image_size if isinstance(config.image_size, Sequence) else (config.image_size,) * 2
-        return {"pixel_values": torch.randn(2, config.num_channels, *size, generator=generator)}
+        return {"pixel_values": torch.randn(2, config.num_channels, *size, **here)}
     if model.main_input_name == "input_values":
         length = sum(config.conv_kernel) + 32 * math.prod(config.conv_stride)
-        return {"input_values": torch.randn(2, length, generator=generator)}
+        return {"input_values": torch.randn(2, length, **here)}
     return example_batch(model, 4, min(longest_input(model), 32))
 
 
@@ -44,9 +45,9 @@ def example_batch(
     config: Any = model.config
     padding = max(config.pad_token_id or 0, 0)  # Llama's may be -1, which is none
     shape = (batch_size, 2, length) if type(model).__name__.endswith("ForMultipleChoice") else (batch_size, length)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     # Never the padding id, from which the RoBERTas tell positions.
-    input_ids = torch.randint(config.vocab_size - 1, shape, generator=generator)
+    input_ids = torch.randint(config.vocab_size - 1, shape, generator=generator, device="cpu")
     input_ids += input_ids >= padding
     attention_mask = torch.ones_like(input_ids)
     if padded:
@@ -54,7 +55,7 @@ def example_batch(
     batch = {"input_ids": input_ids.masked_fill(attention_mask == 0, padding), "attention_mask": attention_mask}
     takes_types = OPTIONAL_INPUT in inspect.signature(model.forward).parameters
     if takes_types and getattr(config, "type_vocab_size", 0) > 1:
-        batch[OPTIONAL_INPUT] = (torch.arange(length) >= length // 3).long().expand(shape).contiguous()
+        batch[OPTIONAL_INPUT] = (torch.arange(length, device="cpu") >= length // 3).long().expand(shape).contiguous()
     return batch
 
 

@@ -244,7 +244,7 @@ def zero_groups(array: GroupArray, parameters: Mapping[str, Tensor]) -> Tensor:
         parts = parameters[owned.name].detach().movedim(owned.dim, 0).unflatten(0, (-1, array.count, owned.width))
         found = (parts == 0).transpose(0, 1).flatten(1).all(dim=1)
         zero = found if zero is None else zero & found
-    return torch.zeros(0, dtype=torch.bool) if zero is None else zero
+    return torch.zeros(0, dtype=torch.bool, device="cpu") if zero is None else zero
 
 
 def refusal(model_type: str) -> str:
@@ -382,7 +382,7 @@ def _check_activation(block: nn.Module, path: str) -> None:
     for name in path.split("."):  # a plain function is no submodule
         activation = getattr(activation, name)
     with torch.no_grad():
-        at_zero = float(activation(torch.zeros(1, device="cpu")))
+        at_zero = float(activation(torch.zeros(1, dtype=torch.float32, device="cpu")))
     if at_zero != 0:
         raise ValueError(
             f"`model` has the FFN activation {getattr(activation, '__name__', activation)}, act(0) = {at_zero:.3g}: "

@@ -1,4 +1,4 @@
-"""Models whose weights are spread over ranks: known as such, and gathered."""
+"""Models whose weights are spread over ranks or devices: known as such, refused or gathered."""
 
 from __future__ import annotations
 
@@ -20,6 +20,29 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
         isinstance(parameter, DTensor) for parameter in model.parameters()
     )
+
+
+def check_placed(model: nn.Module, name: str = "model") -> None:
+    """
+    Raise `ValueError` unless a model holds its weights, all on one device.
+
+    Args:
+        model (`nn.Module`): The model.
+        name (`str`, *optional*, defaults to `"model"`): The argument that it was given as.
+    """
+    places = {parameter.device: path for path, parameter in model.named_parameters()}
+    for device, path in places.items():
+        if device.type == "meta":
+            raise ValueError(
+                f"`{name}` must hold its weights, {path!r} is on the meta device: it is not loaded, or offloaded. "
+                f"Load the model whole, on one device."
+            )
+    if len(places) > 1:
+        listed = " and ".join(f"{path!r} on {device}" for device, path in places.items())
+        raise ValueError(
+            f"`{name}` must be on one device, got {listed}. Load it without `device_map`, or with one device for all "
+            f"of it."
+        )
 
 
 def reshard(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from .example_inputs import random_inputs
 from .groups import BlockCounts, Partition, config_counts, partition, zero_groups
 from .modeling_oto import KEPT_HEADS, BiasOnly, replace_module, resize_heads, resize_neurons
 from .saved_names import CONVERSIONS
-from .sharding import is_sharded
+from .sharding import check_placed, is_sharded
 
 ATOL = 1e-5
 
@@ -61,10 +61,9 @@ def compress(
     """
     groups = partition(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    if any(parameter.is_meta for parameter in parameters.values()):
-        raise ValueError("`model` must hold its weights, got parameters on the meta device. Load them first.")
     if is_sharded(model):
         raise ValueError("`model` must be whole, got one that is spread over ranks. Pass what `gather` makes of it.")
+    check_placed(model)
     kept = [~zero_groups(array, parameters) for array in groups.arrays]
     with tqdm(total=2, desc="Cutting out what is zero", leave=False, disable=not show_progress) as bar:
         cut = keep_groups(model, groups, kept, plain=plain)
@@ -172,7 +171,7 @@ def _not_zero(model: PreTrainedModel, groups: Partition, zero: Mapping[tuple[int
     parameters = dict(model.named_parameters())
     kept = []
     for array in groups.arrays:
-        gone = zero.get((array.layer, array.kind), torch.zeros(array.count, dtype=torch.bool))
+        gone = zero.get((array.layer, array.kind), torch.zeros(array.count, dtype=torch.bool, device="cpu"))
         if not bool(zero_groups(array, parameters).cpu()[gone].all()):
             raise ValueError(
                 f"`model` has {array.kind} in layer {array.layer} that are not zero, as `optimizer` left them. Shrink "
@@ -194,7 +193,9 @@ def _as_many(groups: Partition, config: PreTrainedConfig) -> list[Tensor]:
             f"`like` has {list(counts)} heads and neurons, block by block, where `model` has "
             f"{list(groups.block_counts.arrays)}: nothing that is gone can be put back. Make the model anew."
         )
-    return [torch.arange(array.count) < count for count, array in zip(counts, groups.arrays, strict=True)]
+    return [
+        torch.arange(array.count, device="cpu") < count for count, array in zip(counts, groups.arrays, strict=True)
+    ]
 
 
 def _cut_in_place(
@@ -312,6 +313,7 @@ def check_compressible(model: PreTrainedModel) -> None:
     _check_modules(model, cut)
     if any(parameter.is_meta for parameter in parameters.values()) or is_sharded(model):
         return
+    check_placed(model)
     buffers = dict(model.named_buffers(remove_duplicate=False)) | _kept_heads(model, groups, kept)
     for name, _ in list(cut.named_parameters(remove_duplicate=False)):
         set_tensor(cut, name, parameters[name])

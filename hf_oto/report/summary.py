@@ -182,7 +182,7 @@ def summarize(
     """
     if isinstance(model_or_partition, Partition):
         arrays = model_or_partition.arrays
-        kept = [torch.ones(array.count, dtype=torch.bool) for array in arrays]
+        kept = [torch.ones(array.count, dtype=torch.bool, device="cpu") for array in arrays]
     else:
         if is_sharded(model_or_partition):
             raise ValueError(

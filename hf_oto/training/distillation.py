@@ -22,6 +22,7 @@ from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
 from ..config import OTOConfig
+from ..models.sharding import check_placed
 
 logger: Any = logging.get_logger(__name__)  # upstream's has `warning_once`, of which checkers do not know
 
@@ -105,7 +106,7 @@ class Distiller:
         theirs = {name: value for name, value in expected.items() if name.endswith("logits")}
         order = class_order(self.teacher, student)
         if order is not None:
-            theirs = {name: value[..., list(order)] for name, value in theirs.items()}
+            theirs = {name: value[..., _index(order, value.device)] for name, value in theirs.items()}
         first = next(iter(logits.values()), None)
         counted = None if first is None else counted_items(student, first, inputs)
         loss = logits_loss(
@@ -156,6 +157,7 @@ def load_teacher(
         raise TypeError(
             f"`teacher_model` must be a Transformers model, a folder or a Hub id, got {type(teacher).__name__}."
         )
+    check_placed(teacher, "teacher_model")
     if task == "ForPreTraining":
         raise ValueError(
             f"`teacher_model` is not supported for {type(student).__name__}: its outputs are of several kinds."
@@ -197,6 +199,12 @@ def class_order(teacher: PreTrainedModel, student: PreTrainedModel) -> tuple[int
         return None
     theirs, ours = (cast(dict[int, str], model.config.id2label) for model in (teacher, student))
     return _order(*(tuple(str(name) for _, name in sorted(names.items())) for names in (theirs, ours)))
+
+
+@lru_cache(maxsize=8)
+def _index(order: tuple[int, ...], device: torch.device) -> Tensor:
+    """On the device, where a list would have to be copied to in every step."""
+    return torch.tensor(order, device=device)
 
 
 @lru_cache(maxsize=8)
@@ -322,7 +330,9 @@ def share_of_step(
     if labels is None or num_items_in_batch is None:
         return None, num_items_in_batch
     count = labels.ne(IGNORED).sum()
-    return count / torch.as_tensor(num_items_in_batch).clamp(min=1), count.clamp(min=1)
+    # A number stays one: as a tensor it would have to be copied to where the labels are.
+    total = num_items_in_batch
+    return count.float() / (total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1)), count.clamp(min=1)
 
 
 def sums_items(student: PreTrainedModel) -> bool:

@@ -62,7 +62,8 @@ def scheduler_of(args: TrainingArguments, config: OTOConfig, optimizer: Optimize
 def _factor(args: TrainingArguments, optimizer: Optimizer, warmup: int, leg: Leg) -> Callable[[int], float]:
     """What the rate is multiplied by at every step of a leg, counted from its first."""
     # Transformers makes schedules around an optimizer only, and lets each begin at once.
-    unused = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=optimizer.defaults["lr"])
+    number = nn.Parameter(torch.zeros((), dtype=torch.float32, device="cpu"))
+    unused = torch.optim.SGD([number], lr=optimizer.defaults["lr"])
     if _decays_in_recovery(args):
         made = _stable(args, unused, warmup, leg)
     else:

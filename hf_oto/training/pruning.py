@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -20,7 +21,7 @@ from ..hspg import budget
 from ..hspg.optimizer import HSPG
 from ..models.groups import config_counts, partition
 from ..models.modes import dropping_modules
-from ..models.sharding import is_sharded
+from ..models.sharding import check_placed, is_sharded
 from ..models.surgery import check_compressible, shrink
 from ..renamed import refuse_old_names
 from . import checkpoints, showing
@@ -35,6 +36,7 @@ from .refusals import (
     check_optimizer,
     check_parallelism,
     check_trainable,
+    may_be_empty,
 )
 from .search import split_space
 from .teaching import TaughtTrainer
@@ -67,6 +69,8 @@ class PruningTrainer(TaughtTrainer):
         self._checked: nn.Module | None = None  # what is known to be prunable
         if model is not None:  # before Trainer makes `output_dir`
             trains = kwargs.get("train_dataset") is not None or any(other is not None for other in others)
+            if trains and not may_be_empty(args):
+                check_placed(model)
             self._check_part(self.pruned_part(model), oto_config if trains else None)
         check_optimizer(args)
         check_parallelism(model, args)
@@ -110,7 +114,10 @@ class PruningTrainer(TaughtTrainer):
         if self.is_deepspeed_enabled:
             raise ValueError(NO_DEEPSPEED)
         if self.args.n_gpu > 1:
-            raise ValueError("DataParallel is not supported by OTOTrainer. Launch one process per GPU.")
+            raise ValueError(
+                f"DataParallel is not supported by OTOTrainer, and this process sees {self.args.n_gpu} GPUs. Launch "
+                f"one process per GPU with `torchrun`, or let it see one: CUDA_VISIBLE_DEVICES=0."
+            )
 
     @property
     def _output_dir(self) -> str:
@@ -222,7 +229,7 @@ class PruningTrainer(TaughtTrainer):
         if self.hspg is not None and (synced or self.args.world_size == 1):
             scaler = self.accelerator.scaler
             self.hspg.observe(
-                loss_scale=1.0 if scaler is None else scaler.get_scale(),
+                loss_scale=1.0 if scaler is None else scaler.scale(torch.ones_like(loss)),  # asks no device for it
                 accumulated=self._accumulating,
                 weight=self._weight_of_rows(),
             )

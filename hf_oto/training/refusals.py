@@ -53,9 +53,7 @@ def check_parallelism(model: Any, args: TrainingArguments | None) -> None:
         )
     if args is None:
         return
-    launched = {
-        name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
-    }
+    launched = _launched()
     if args.deepspeed or "DEEPSPEED" in launched:
         raise ValueError(NO_DEEPSPEED)
     parallelism = args.parallelism_config
@@ -89,6 +87,16 @@ def check_parallelism(model: Any, args: TrainingArguments | None) -> None:
             "`push_to_hub` is not supported with a sharded model. Train without it, and upload the folder that "
             "`save_model` wrote."
         )
+
+
+def _launched() -> set[str]:
+    """What `accelerate launch` has been told to use."""
+    return {name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"}
+
+
+def may_be_empty(args: TrainingArguments | None) -> bool:
+    """Whether a rank's model may be on the meta device before training: FSDP2 fills it from the first one's."""
+    return bool(args is not None and args.fsdp) or "FSDP" in _launched()
 
 
 def check_trainable(model: nn.Module, config: OTOConfig) -> None:

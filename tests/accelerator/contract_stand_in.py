@@ -51,6 +51,7 @@ def test_what_the_host_waits_for_is_noted(device):
     with waits() as none:
         torch.zeros(3, device=device).add_(1).mul(there[:3]).sum()
         torch.where(there > 1, there, 0.0)
+        there.add_(torch.tensor(0.0)).copy_(HERE, non_blocking=True)
     assert none == []
     for waiting in (
         lambda: there.sum().item(),
@@ -60,6 +61,11 @@ def test_what_the_host_waits_for_is_noted(device):
         lambda: there.cpu(),
         lambda: there.tolist(),
         lambda: HERE.clone().copy_(there),
+        lambda: HERE.to(device),
+        lambda: there.clone().copy_(HERE),
+        lambda: there[torch.tensor([0, 2])],
+        lambda: there[[0, 2]],
+        lambda: torch.tensor([0, 2], device=device),
     ):
         with waits() as noted:
             waiting()

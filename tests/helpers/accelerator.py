@@ -203,11 +203,22 @@ def _refuse_mixed(func: Any, operation: Any, args: Any, kwargs: dict[str, Any], 
 
 def _waits(operation: Any, args: Any, kwargs: dict[str, Any], away: bool) -> bool:
     if operation in _COPIES:
-        from_here = isinstance(args[1 if operation is aten.copy_ else 0], StandIn)
-        return from_here and (away or (operation is aten.copy_ and not isinstance(args[0], StandIn)))
+        source = args[1 if operation is aten.copy_ else 0]
+        target = isinstance(args[0], StandIn) if operation is aten.copy_ else not away
+        if isinstance(source, StandIn):
+            return not target
+        # Memory that is not pinned is copied while the host waits; a number goes along with a launch.
+        return target and source.dim() > 0 and not kwargs.get("non_blocking") and True not in args[2:]
     if operation in _INDEXING:
-        return any(isinstance(i, StandIn) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        return any(_waits_for(index) for index in args[1])
     return operation in _WAITING and kwargs.get("output_size") is None
+
+
+def _waits_for(index: Any) -> bool:
+    """Whether an index says how many only when it is known, or has to be copied to the device."""
+    if not isinstance(index, Tensor):
+        return False
+    return index.dtype in (torch.bool, torch.uint8) if isinstance(index, StandIn) else index.dim() > 0
 
 
 def _factory(func: Any) -> Any:

@@ -809,6 +809,32 @@ def test_gradients_are_read_only(way):
 # Bad input.
 
 
+def test_a_copy_of_model_and_optimizer_goes_on_by_itself():
+    model, optimizer = model_and_optimizer(ONE_EACH[0], OTOConfig(**SMALL))
+
+    def run(model, optimizer, steps):
+        for step in steps:
+            model(**question_batch(model, step)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    run(model, optimizer, range(20))
+    other, copied = copy.deepcopy((model, optimizer))
+    assert copied.param_groups is copied.base_optimizer.param_groups and copied.state is copied.base_optimizer.state
+    run(other, copied, range(20, STEPS))
+    assert (optimizer.steps_done, copied.steps_done) == (20, STEPS) and copied.target_reached
+    run(model, optimizer, range(20, STEPS))
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_weights_without_values_are_refused_at_the_first_step():
+    model, optimizer = model_and_optimizer(ONE_EACH[0], OTOConfig(**SMALL))
+    model.bert.encoder.layer[0].to("meta")
+    optimizer = HSPG(torch.optim.AdamW(model.named_parameters(), lr=3e-3), partition(model), OTOConfig(**SMALL), STEPS)
+    with pytest.raises(ValueError, match="have no values: 'bert.encoder.layer.0.*' is on the meta device. Load them"):
+        optimizer.step()
+
+
 def test_what_it_cannot_work_with_is_refused():
     model = tiny_model("BertForQuestionAnswering")
     groups = partition(model)

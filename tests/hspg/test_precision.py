@@ -165,7 +165,8 @@ def test_a_skipped_step_leaves_no_trace(observed):
             if step in overflows:
                 model.bert.encoder.layer[0].output.dense.weight.grad[0, 0] = torch.inf
             if observed:
-                optimizer.observe(loss_scale=scaler.get_scale())
+                # The same number, for which an accelerator is waited for, and a tensor, for which none is.
+                optimizer.observe(loss_scale=scaler.scale(torch.ones(())) if step % 2 else scaler.get_scale())
             done = optimizer.steps_done
             scaler.step(optimizer)
             scaler.update()

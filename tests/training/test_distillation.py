@@ -83,6 +83,7 @@ def test_hidden_states_are_matched_block_by_block_over_what_is_no_padding():
         (lambda student: tiny_model(ONE_EACH[0], num_labels=3), "`num_labels`=3, the model in training 2"),
         (lambda student: tiny_model(ONE_EACH[0], hidden_size=16), "`hidden_size`=16, the model in training 32"),
         (lambda student: object(), "must be a Transformers model, a folder or a Hub id, got object"),
+        (lambda student: tiny_model(ONE_EACH[0]).to("meta"), "must hold its weights, '.*' is on the meta device"),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused_before_anything_is_made(teacher, message, tmp_path):

@@ -496,6 +496,12 @@ def pruned_model():
     return compress(model)
 
 
+def empty_model():
+    model = tiny_model(ONE_EACH[0])
+    model.bert.encoder.layer[1].to("meta")  # as if it was offloaded
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "config", "message"),
     [
@@ -508,6 +514,11 @@ def pruned_model():
         ),
         (None, OTOConfig(target_sparsity=0.9), "cannot be reached: .* can go. Lower the target or the floors"),
         (lambda: Custom(tiny_model(ONE_EACH[0]).config), CONFIG, "no class of Transformers' own with a pruned"),
+        (
+            empty_model,
+            CONFIG,
+            "`model` must hold its weights, 'bert.encoder.*' is on the meta device: it is not loaded",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_pruned_is_refused_and_nothing_is_made(model, config, message, tmp_path):

@@ -1,0 +1,253 @@
+"""What people do with a model, an optimizer and a device, on any device: in loops of their own and beside Trainer."""
+
+import contextlib
+import copy
+import gc
+import warnings
+import weakref
+
+import pytest
+import torch
+from contract_models import CONFIG, STEPS, gradients
+from families import counts, made_table, tiny_model
+from transformers import Adafactor, TrainingArguments
+
+from hf_oto import HSPG, OTOConfig, OTOTrainer, compress, partition, shrink
+from hf_oto.config import LatencyTable
+
+NAME = "BertForQuestionAnswering"
+CPU = torch.device("cpu")
+
+
+class Plain(torch.optim.AdamW):
+    """Of which HSPG cannot know what it moves: it clears the zeros after every step."""
+
+
+def made(model, base=torch.optim.AdamW, steps=STEPS, **settings):
+    config = OTOConfig(**{**CONFIG.to_dict(), **settings})
+    return HSPG(base(model.named_parameters(), lr=1e-3), partition(model), config, steps)
+
+
+def move(model, optimizer, device):
+    """As it is done to make room: the weights, and the state that the base optimizer keeps for them."""
+    model.to(device)
+    for kept in optimizer.state.values():
+        for name, value in kept.items():
+            if isinstance(value, torch.Tensor) and value.dim():
+                kept[name] = value.to(device)
+
+
+def run(model, optimizer, steps=STEPS, moves=None):
+    for step in range(steps):
+        if moves is not None and step in moves:
+            move(model, optimizer, moves[step])
+        gradients(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, Plain])
+@pytest.mark.parametrize("settings", [{}, {"target_sparsity": None, "lmbda": 300.0, "epsilon": 0.9}])
+def test_weights_may_move_between_any_two_steps(settings, base, device):
+    """There and back, in every stage."""
+    expected = tiny_model(NAME, num_hidden_layers=2)
+    run(expected, made(expected, base, **settings))
+    for first in (1, 2, 4, 6):
+        model = tiny_model(NAME, num_hidden_layers=2)
+        optimizer = made(model, base, **settings)
+        run(model, optimizer, moves={first: device, first + 1: CPU, first + 2: device})
+        kept = [value for value in optimizer.param_groups[0].values() if isinstance(value, torch.Tensor)]
+        assert len(kept) == 2 and {value.device for value in kept} == {device}
+        model.to("cpu")
+        assert optimizer.zero_masks(measured=True).keys() == optimizer.zero_masks().keys()
+        assert counts(compress(model)) == counts(compress(expected))
+
+
+def test_a_state_is_loaded_to_where_the_groups_are(device):
+    """Whatever else the optimizer trains is elsewhere: embeddings that do not fit beside the rest."""
+    model = tiny_model(NAME, num_hidden_layers=2)
+    model.bert.encoder.to(device)
+    optimizer = made(model)
+    for step in range(STEPS):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer.step()
+        if step == STEPS // 2:
+            shrink(model, optimizer)
+    assert optimizer.target_reached and optimizer.param_groups[0]["hspg_status"].device == device
+
+
+# What is made without saying where or in which precision.
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+SETTINGS = {
+    "target": {},
+    "random": {"saliency": "random"},
+    "magnitude": {"saliency": "magnitude"},
+    "interval": {"saliency_interval": 2},
+    "uniform": {"uniform": True, "structures": ("neurons",)},
+    "milestones": {"milestones": (0.3,)},
+    "periods without a group": {"target_sparsity": 0.1, "pruning_periods": 9},
+    "whole structures": {"target_unit": "latency", "min_heads": 0, "min_neurons": 0, "pruning_periods": 4},
+    "published": {"target_sparsity": None, "lmbda": 300.0, "epsilon": 0.9},
+}
+
+
+def settings_of(name, model):
+    """With a table by which a group alone saves nothing, where the target is in latency."""
+    if "target_unit" not in SETTINGS[name]:
+        return SETTINGS[name]
+    groups = partition(model)
+    price = {"heads": groups.dense_heads, "neurons": groups.dense_neurons}
+    curves = {kind: [[0, 0], [1, 100_000], [count, 100_000 + count - 1]] for kind, count in price.items()}
+    total = groups.num_layers * (200_000 + sum(price.values()) - 2) + 1000
+    table = LatencyTable.from_dict(
+        {**made_table(groups).to_dict(), **curves, "total": total, "method": "device events"}
+    )
+    assert table.goes_whole("heads") and table.goes_whole("neurons")
+    return {**SETTINGS[name], "latency_table": table}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_defaults_of_device_and_precision_change_nothing(name, device):
+    """`torch.set_default_device`, a device as context, and half precision by default, as models are made under."""
+    steps, found = 2 * STEPS, []
+    for around in (contextlib.nullcontext, lambda: torch.device(device), lambda: default_dtype(torch.bfloat16)):
+        model = tiny_model(NAME, num_hidden_layers=2).to(device)
+        with around():
+            optimizer = made(model, steps=steps, **settings_of(name, model))
+        for step in range(steps):
+            gradients(model, step)
+            with around():
+                optimizer.step()
+                optimizer.zero_grad()
+                if optimizer.shrink_due and step % 2:
+                    shrink(model, optimizer)
+        with around():
+            small = compress(model)
+        found.append((counts(small), optimizer.param_groups[0]["hspg_saliency"]))
+    for other in found[1:]:
+        assert other[0] == found[0][0] and other[1].dtype == torch.float32
+        torch.testing.assert_close(other[1], found[0][1], rtol=1e-3, atol=1e-9)
+
+
+# What the host waits for.
+
+
+@contextlib.contextmanager
+def waits(device):
+    """How often the host waits for the device meanwhile: the list has an entry for each."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as noted:
+                warnings.simplefilter("always")
+                yield noted
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    elif device.type == "cpu":
+        yield []
+    else:
+        import accelerator
+
+        with accelerator.waits() as noted:
+            yield noted
+
+
+def is_ordinary(optimizer):
+    """Whether the next step neither begins a run or a period nor ends one."""
+    schedule, step = optimizer.schedule, optimizer.steps_done
+    ends = (*(leg.boundaries[-1] for leg in schedule.legs), *(leg.start for leg in schedule.legs))
+    if not step or schedule.starts_period(step) or step in ends:
+        return False
+    return optimizer.stage != "pruning" or schedule.steps_left(step) > 1
+
+
+def adafactor(parameters, lr):
+    return Adafactor(parameters, lr=lr, relative_step=False, scale_parameter=False)
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, Plain, adafactor], ids=["AdamW", "derived", "Adafactor"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_no_ordinary_step_waits_for_the_device(name, base, device):
+    model = tiny_model(NAME, num_hidden_layers=2).to(device)
+    steps, stages = 60, set()
+    optimizer = made(model, base, steps=steps, **settings_of(name, model))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+    while optimizer.steps_done < steps:
+        ordinary, stage = is_ordinary(optimizer), optimizer.stage
+        with waits(device) as noted:
+            optimizer.observe()
+            optimizer.step()
+            due = optimizer.shrink_due
+        if ordinary:
+            stages.add(stage)
+            assert not due and list(noted) == [], (name, stage, optimizer.steps_done)
+    assert stages == {"warmup", *(("half-space",) if name == "published" else ("pruning", "recovery"))}
+
+
+# What stays in memory.
+
+
+def test_nothing_of_full_size_outlives_a_shrink(device):
+    model = tiny_model(NAME, num_hidden_layers=2).to(device)
+    optimizer = made(model)
+    whole = {name: weakref.ref(parameter) for name, parameter in model.named_parameters()}
+    states = []
+    for step in range(STEPS):
+        gradients(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 0:
+            states = [
+                (name, weakref.ref(value))
+                for name, ref in whole.items()
+                for value in optimizer.state[ref()].values()
+                if value.dim()
+            ]
+        if optimizer.shrink_due:
+            shrink(model, optimizer)
+    gc.collect()
+    now = dict(model.named_parameters())
+    cut = {name for name, ref in whole.items() if ref() is not now.get(name)}
+    assert len(cut) > 8 and {name for name, ref in whole.items() if ref() is None} == cut
+    assert states and {name for name, ref in states if ref() is None} == cut
+
+
+# Where weights may not be.
+
+
+def trainer(model, folder, device, **more):
+    arguments = TrainingArguments(str(folder), max_steps=STEPS, report_to=[], use_cpu=device.type == "cpu")
+    return OTOTrainer(model=model, args=arguments, train_dataset=[{}], oto_config=CONFIG, **more)
+
+
+def test_a_model_on_two_devices_is_refused_before_the_first_step(device, tmp_path):
+    model = tiny_model(NAME, num_hidden_layers=2)
+    model.bert.encoder.layer[1].to(device)
+    said = "must be on one device, got '.*' on cpu and '.*' on .*Load it without `device_map`"
+    for use in (compress, lambda model: trainer(model, tmp_path / "run", device)):
+        with pytest.raises(ValueError, match=f"`model` {said}"):
+            use(model)
+    with pytest.raises(ValueError, match=f"`teacher_model` {said}"):
+        trainer(tiny_model(NAME, num_hidden_layers=2), tmp_path / "run", device, teacher_model=model)
+    assert not (tmp_path / "run").exists()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = made(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(ValueError, match="zero-invariant groups must be on one device, got '.*layer.0.* on cpu and"):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
