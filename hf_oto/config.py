@@ -416,7 +416,7 @@ def _milestones(given: Any, target: float | None) -> tuple[float, ...]:
         _check_real("milestones: a share", share, 0.0, 1.0)
     if shares and target is None:
         raise ValueError(f"`milestones` need a `target_sparsity` to go on to, got {shares} and None.")
-    steps = [0.0, *shares, target or 0.0]
+    steps = [round(share, 6) for share in (0.0, *shares, target or 0.0)]  # as folders are named
     if shares and any(low >= high for low, high in zip(steps, steps[1:], strict=False)):
         raise ValueError(
             f"`milestones` must rise from above 0 to below `target_sparsity`={target:g}, got {shares}. Sort them, and "

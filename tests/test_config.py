@@ -130,6 +130,8 @@ def test_wrong_type_is_refused(name, value, rule):
         ({"milestones": (0.3, 0.3)}, ValueError, "must rise"),
         ({"milestones": (0.3, 0.7)}, ValueError, "leave the target itself out"),
         ({"milestones": (0.0, 0.3)}, ValueError, "must rise from above 0"),
+        ({"milestones": (0.3, 0.3000001)}, ValueError, "must rise"),  # folders of one name
+        ({"milestones": (1e-9,)}, ValueError, "must rise from above 0"),
         ({"milestones": (1.5,)}, ValueError, "`milestones: a share` must be in [0, 1), got 1.5."),
         ({"milestones": (0.3,), "target_sparsity": None}, ValueError, "need a `target_sparsity`"),
         ({"milestones": 0.3}, TypeError, "must be a list of shares, as in (0.3, 0.5), got 0.3."),

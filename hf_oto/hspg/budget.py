@@ -7,7 +7,7 @@ items.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import accumulate
 
@@ -218,6 +218,17 @@ def check_target(partition: Partition, config: OTOConfig) -> None:
             f"most {int(found.reachable / found.total * 1e4) / 1e4} can go{whole}. Lower the target or the "
             f"floors{_to_zero(config)}."
         )
+
+
+def check_milestones(partition: Partition, config: OTOConfig) -> None:
+    """Refuse milestones that a model which was pruned before has behind it: what is kept there would be smaller."""
+    for share in config.milestones:
+        if is_reached(partition, replace(config, target_sparsity=share, milestones=())):
+            found = reach(partition, config)
+            raise ValueError(
+                f"`milestones`={config.milestones}: {share:g} of the dense model's {config.target_unit} is removed "
+                f"already ({found.removed / found.total:.4f}). Leave it out, or start from a larger model."
+            )
 
 
 def _to_zero(config: OTOConfig) -> str:

@@ -74,6 +74,7 @@ class HSPG(Optimizer):
         self.config = config
         self.schedule = Schedule.from_config(config, total_steps)
         budget.check_target(partition, config)
+        budget.check_milestones(partition, config)
         self._arrays = self._present(partition)
         if not self._arrays:
             raise ValueError(f"`partition` has no groups of the kinds in `structures`={config.structures} left.")

@@ -57,21 +57,32 @@ class Size:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Size | None:
-        """The numbers of a folder; `None` if it has none."""
+        """The numbers of a folder; `None` if it has none, or others than these."""
         path = Path(folder, FILE_NAME)
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        except (TypeError, ValueError):
+            return None
 
 
 def folder_name(share: float) -> str:
-    """`0.30`: as many decimals as the share has, at least two."""
-    short = f"{share:.2f}"
-    return short if float(short) == share else repr(share)
+    """`0.30`: as many decimals as the share has, two to six: one that was computed is called as what it is meant."""
+    whole, _, decimals = f"{share:.6f}".partition(".")
+    return f"{whole}.{decimals.rstrip('0'):0<2}"
+
+
+def folders_in(folder: str | os.PathLike) -> list[str]:
+    """The names of the folders in one that hold a milestone's model, of this run or of another."""
+    return sorted(path.parent.name for path in Path(folder).glob(f"*/{FILE_NAME}"))
 
 
 def counted(scores: Mapping[str, Any]) -> dict[str, float]:
-    """Of what an evaluation has logged, the metrics: not how long it took."""
+    """Of what an evaluation has logged, the metrics that are one number: not how long it took, no lists or words."""
     return {
-        name: value for name, value in scores.items() if name.startswith("eval_") and not name.endswith(_NO_SCORES)
+        name: value
+        for name, value in scores.items()
+        if name.startswith("eval_") and not name.endswith(_NO_SCORES)
+        if isinstance(value, int | float) and not isinstance(value, bool)
     }
 
 

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
+from ..report.milestones import FILE_NAME, folders_in
 from .saving import NOT_THE_MODEL
 
 
@@ -22,7 +23,13 @@ def start_push(
     `beside` the model are other models.
     """
 
-    def upload(folder: str, message: str, ignored: Sequence[str] = (), path_in_repo: str | None = None) -> Any:
+    def upload(
+        folder: str,
+        message: str,
+        ignored: Sequence[str] = (),
+        path_in_repo: str | None = None,
+        replaced: Sequence[str] = (),
+    ) -> Any:
         return upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -31,10 +38,13 @@ def start_push(
             token=args.hub_token,
             revision=args.hub_revision,
             ignore_patterns=list(ignored),
+            delete_patterns=list(replaced),
             run_as_future=True,
         )
 
-    jobs = [upload(cast(str, args.output_dir), f"Training in progress, step {step}", _left_out(beside))]
+    run = cast(str, args.output_dir)
+    left_out = _left_out({*beside, *folders_in(run)})
+    jobs = [upload(run, f"Training in progress, step {step}", left_out, replaced=[FILE_NAME])]
     if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         last = args.hub_strategy == HubStrategy.CHECKPOINT
         place = "last-checkpoint" if last else Path(checkpoint).name
@@ -86,5 +96,6 @@ def push_sizes(
         token=token,
         revision=revision or args.hub_revision,
         run_as_future=cast(Any, not blocking),
-        ignore_patterns=list(_left_out(milestones)),
+        ignore_patterns=list(_left_out({*milestones, *folders_in(cast(str, args.output_dir))})),
+        delete_patterns=[FILE_NAME],
     )

@@ -68,6 +68,13 @@ def _factor(args: TrainingArguments, optimizer: Optimizer, warmup: int, leg: Leg
         made = _stable(args, unused, warmup, leg)
     else:
         given: Any = args.lr_scheduler_kwargs
+        decay, steps = (given or {}).get("num_decay_steps", 0), leg.end - leg.start
+        if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and warmup + decay > steps:
+            raise ValueError(
+                f"`num_decay_steps`={decay} in `lr_scheduler_kwargs` does not fit after {warmup} steps of warm-up "
+                f"into the {steps} that lead to {leg.share:g}: with `milestones` the schedule is run once for every "
+                f"size. Lower it, or leave it out: the rate then decays once the size is reached."
+            )
         made = get_scheduler(args.lr_scheduler_type, unused, warmup, leg.end - leg.start, given)
     return made.lr_lambdas[0]
 

@@ -33,6 +33,7 @@ from .refusals import (
     NO_DEEPSPEED,
     NO_FSDP_AROUND,
     check_gradients,
+    check_metric,
     check_optimizer,
     check_parallelism,
     check_trainable,
@@ -307,6 +308,7 @@ class PruningTrainer(TaughtTrainer):
         return self._at_target or cast(HSPG, self.hspg).milestone_reached is not None
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        check_metric(metrics, self.args.metric_for_best_model)
         return self._at_target and super()._determine_best_metric(metrics, trial)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:

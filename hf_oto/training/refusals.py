@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Any, cast
 
 from accelerate.utils import DistributedType
@@ -131,6 +132,16 @@ def check_gradients(norm: Any, loss: Any, step: int, output_dir: str) -> None:
             f"before that spoils the weights; checkpoints in {output_dir!r} are as they were. Either the data has a "
             f"batch that gives no number (an input that is infinite or NaN, a division by a count of 0 in the loss): "
             f"look at the batch of this step. Or the learning rate is too high: lower it, and go on from the last one."
+        )
+
+
+def check_metric(metrics: Mapping[str, Any], name: str | None) -> None:
+    """Refuse a metric that an evaluation does not give, at the first one and not only where it counts."""
+    name = name if name is None or name.startswith("eval_") else f"eval_{name}"
+    if name is not None and name not in metrics:
+        raise KeyError(
+            f"`metric_for_best_model`={name!r} is not among what the evaluation gives: {', '.join(metrics)}. Name one "
+            f"of these, or let `compute_metrics` return it."
         )
 
 

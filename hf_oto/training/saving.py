@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..models.folders import UNFINISHED, folder_beside
+from ..report.milestones import FILE_NAME
+from .refusals import check_writable
 
 # What `output_dir` holds beside the model: upstream leaves the same out of its pushes.
 NOT_THE_MODEL = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", f".*{UNFINISHED}*")
@@ -51,12 +54,7 @@ def replacing(target: Path) -> Iterator[Path]:
     Raises:
         `ValueError`: `target` holds a checkpoint to resume from, or a file where a folder has to go or the reverse.
     """
-    of_checkpoints = (OPTIMIZER_NAME, SCHEDULER_NAME, *SHARDED_OPTIMIZER_NAMES)
-    if found := [name for name in of_checkpoints if (target / name).exists()]:
-        raise ValueError(
-            f"{target} holds a checkpoint to resume from ({', '.join(found)}), whose weights would be lost. Save the "
-            f"small model elsewhere."
-        )
+    check_no_checkpoint(target)
     finish(target)
     # Within a folder that is there: it may be the root of its disk.
     with folder_beside(target / "model" if target.is_dir() else target) as folder:
@@ -70,6 +68,41 @@ def replacing(target: Path) -> Iterator[Path]:
         (folder / _GOES).write_text("\n".join(_old_weights(files, target)), encoding="utf-8")
         folder.rename(target / _WHOLE)
         finish(target)
+
+
+def check_no_checkpoint(target: Path) -> None:
+    """Refuse a folder whose weights a run has to be resumed with."""
+    of_checkpoints = (OPTIMIZER_NAME, SCHEDULER_NAME, *SHARDED_OPTIMIZER_NAMES)
+    if found := [name for name in of_checkpoints if (target / name).exists()]:
+        raise ValueError(
+            f"{target} holds a checkpoint to resume from ({', '.join(found)}), whose weights would be lost. Save the "
+            f"small model elsewhere."
+        )
+
+
+def check_places(folder: Path, names: Iterable[str]) -> None:
+    """
+    Refuse a folder in which the models of milestones have no place, because of what else is there.
+
+    Args:
+        folder (`Path`): In which each gets a folder of its own.
+        names (`Iterable[str]`): Of these.
+    """
+    remedy = "Move it, or choose another folder."
+    for place in (folder / name for name in names):
+        if not os.path.lexists(place):
+            continue
+        if not place.is_dir():
+            raise ValueError(f"{place} is no folder, and the model of a milestone has to go there. {remedy}")
+        check_writable(str(place))
+        finish(place)
+        check_no_checkpoint(place)
+        models = [name for name in (CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME) if (place / name).exists()]
+        if models and not (place / FILE_NAME).is_file():
+            raise ValueError(
+                f"{place} holds {', '.join(models)} and no {FILE_NAME}, so a model that is of no milestone, and would "
+                f"be lost. {remedy}"
+            )
 
 
 def finish(target: Path) -> None:
@@ -102,13 +135,13 @@ def _is_weights(path: Path) -> bool:
 
 
 def _old_weights(files: Path, target: Path) -> list[str]:
-    """The weights of an earlier save, in the folders of `target` that get weights now."""
+    """The weights of an earlier save, and what they scored, in the folders of `target` that get weights now."""
     folders = {path.parent for path in _files_in(files) if _is_weights(path)}
     return [
         str(path.relative_to(target))
         for folder in sorted(folders)
         for path in sorted((target / folder).glob("*"))
-        if _is_weights(path) and not path.is_dir()
+        if (_is_weights(path) or path.name == FILE_NAME) and not path.is_dir()
     ]
 
 

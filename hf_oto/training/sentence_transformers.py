@@ -137,7 +137,7 @@ class _PruningTrainer(OTOTrainer):
             return
         logged = [entry for entry in self.state.log_history if any(name.startswith("eval_") for name in entry)]
         drawn = list(CAPTIONS)[: 2 if training_entries(self.state.log_history) else 1]
-        sizes = self._sizes()
+        sizes = self._sizes() if self._at_a_size else []
         drawn += list(sizes_picture(sizes, self.args.metric_for_best_model))
         repo_id = self.hub_model_id or self._output_dir
         section = card_section(

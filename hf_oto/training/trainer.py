@@ -17,7 +17,7 @@ from ..models.saved_names import own_names
 from ..models.sharding import gather, is_sharded
 from ..models.surgery import compress
 from ..report.card import save_figures
-from ..report.milestones import folder_name
+from ..report.milestones import folder_name, folders_in
 from . import checkpoints, showing
 from .hub import push_sizes, start_push
 from .milestones import MilestonesTrainer
@@ -156,8 +156,10 @@ class OTOTrainer(MilestonesTrainer):
         if _internal_call and output_dir is not None:  # upstream names the folder for a checkpoint alone
             self._save_full(output_dir)
             return
-        self._save_small(output_dir or self._output_dir)
-        self._copy_milestones(Path(self._output_dir), Path(output_dir or self._output_dir))
+        target = Path(output_dir or self._output_dir)
+        self._check_places(target)
+        self._save_small(str(target))
+        self._copy_milestones(target)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -235,7 +237,9 @@ class OTOTrainer(MilestonesTrainer):
                 Whether each milestone's model is pushed as well, to a branch of its name:
                 `from_pretrained(repo_id, revision="0.30")` loads it.
         """
-        if not self.oto_config.milestones:
+        if milestones and not self.oto_config.milestones:
+            raise ValueError("`milestones`=True, and the run has none. Leave it out.")
+        if not self.oto_config.milestones and not folders_in(self._output_dir):  # such as those of an earlier run
             return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token or self.args.hub_token
@@ -250,7 +254,7 @@ class OTOTrainer(MilestonesTrainer):
         return push_sizes(
             self.args,
             repo_id,
-            {folder_name(share): self._milestone_folder(share) for share in self._finished()},
+            {folder_name(share): self._milestone_folder(share) for share in self._finished() if self._kept(share)},
             branches=milestones,
             message=commit_message or "End of training",
             token=token,
@@ -279,6 +283,6 @@ class OTOTrainer(MilestonesTrainer):
                 plain=self._is_plain,
                 said=inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments,
                 dense_scores=dense_metrics,
-                sizes=self._sizes(),
+                sizes=self._sizes() if self._at_a_size else (),
                 chosen=self.args.metric_for_best_model,
             )

@@ -73,6 +73,16 @@ def test_every_stop_resumes_to_the_bit(stop):
     assert resumed.metrics() == optimizer.metrics() and resumed.target_reached
 
 
+def test_a_milestone_that_the_model_has_behind_it_is_refused():
+    due = {}
+    train(*begin(CONFIG), STEPS, due)
+    model = due[0.3][2]
+    base = torch.optim.AdamW(model.named_parameters())
+    with pytest.raises(ValueError, match=r"`milestones`=\(0.3,\): 0.3 of the dense model's params is removed already"):
+        HSPG(base, partition(model), CONFIG, STEPS)
+    HSPG(base, partition(model), replace(CONFIG, milestones=(0.45,)), STEPS)
+
+
 def test_another_runs_milestones_are_refused():
     _, optimizer = begin(CONFIG)
     _, other = begin(replace(CONFIG, milestones=()))

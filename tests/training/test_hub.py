@@ -106,6 +106,9 @@ def test_the_card_says_what_was_removed_and_how_to_load_it(trained):
 
 
 def test_milestones_are_pushed_to_branches_where_asked_for(tmp_path):
+    """And those of an earlier run stay where they are."""
+    (tmp_path / "run" / "0.20").mkdir(parents=True)
+    (tmp_path / "run" / "0.20" / "milestone.json").write_text("{}")
     with Hub() as hub:
         client(hub, tmp_path / "home", "sizes", "me/sizes", tmp_path / "run", token=TOKEN)
         repo, main = hub.repos["me/sizes"], hub.files("me/sizes")

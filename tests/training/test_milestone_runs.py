@@ -4,16 +4,17 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from families import counts, largest_difference, outputs
+from families import ONE_EACH, counts, largest_difference, outputs, tiny_model
 from runs import differences, held
 from runs import make as make_run
-from short_runs import SIZES, STEPS, StopAt, arguments, make
+from short_runs import DATA, SIZES, STEPS, StopAt, arguments, make
 from transformers import AutoModelForQuestionAnswering, BertConfig, TrainerCallback
 
 from hf_oto import OTOTrainer
-from hf_oto.report.milestones import Size, folder_name, plotted_score, sizes_table
+from hf_oto.report.milestones import Size, counted, folder_name, plotted_score, sizes_table
 from hf_oto.training.learning_rate import scheduler_of
 from hf_oto.training.milestones import best_step
 
@@ -161,6 +162,126 @@ def test_each_size_is_the_best_of_its_recovery_and_training_goes_on_from_the_las
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-22", "checkpoint-24"}
 
 
+def test_the_numbers_are_those_of_the_weights_that_are_kept(tmp_path, caplog, no_pictures):
+    """The best ones, of step 9 and of 22, are in no checkpoint; and what is evaluated later is of other data."""
+    trainer = make(
+        tmp_path / "run",
+        kind=Scripted,
+        config=SIZES,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=4,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    trainer.losses = dict.fromkeys(range(STEPS + 1), 0.5)
+    trainer.evaluate(DATA[8:])
+    trainer.save_model(str(tmp_path / "small"))
+    assert "The best model of 0.30 was that of step 9, whose checkpoint is not in" in caplog.text
+    for name, step in {"0.30": 12, "0.50": 18, "": 24}.items():
+        found = numbers(tmp_path / "small" / name)
+        assert (found["step"], found["scores"]["eval_loss"]) == (step, Scripted.losses[step])
+        assert largest_difference(outputs(read(tmp_path / "small" / name)), Scripted.seen[step]) <= 1e-5, name
+
+
+@pytest.mark.parametrize("milestones", [(0.3, 0.5), ()], ids=str)
+def test_a_metric_that_there_is_not_is_refused_at_the_first_evaluation(milestones, tmp_path, no_pictures):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "f1"}
+    trainer = make(tmp_path, config=replace(SIZES, milestones=milestones), **options)
+    with pytest.raises(KeyError, match="`metric_for_best_model`='eval_f1' is not among what the evaluation gives"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_a_metric_for_the_picture_alone_stops_nothing(tmp_path, no_pictures):
+    trainer = make(tmp_path, config=SIZES, metric_for_best_model="f1")
+    trainer.train()
+    assert trainer.hspg.target_reached
+
+
+def test_an_epochs_evaluation_is_the_last_one(tmp_path, no_pictures):
+    trainer = make(tmp_path, config=SIZES, max_steps=-1, num_train_epochs=2, eval_strategy="epoch")
+    trainer.train()
+    assert [e["step"] for e in trainer.state.log_history if "eval_loss" in e] == [10, 10, 15, 20]  # of legs, epochs
+
+
+def put_file(place):
+    place.write_text("notes")
+
+
+def put_link(place):
+    place.symlink_to("nowhere")
+
+
+def put_checkpoint(place):
+    place.mkdir()
+    (place / "optimizer.pt").write_text("state")
+
+
+def put_model(place):
+    place.mkdir()
+    (place / "model.safetensors").write_text("weights")
+
+
+@pytest.mark.parametrize("put", [put_file, put_link, put_checkpoint, put_model])
+def test_what_is_in_the_way_is_refused_before_anything_is_done(put, tmp_path, no_pictures):
+    trainer = make(tmp_path / "run", config=SIZES)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    put(tmp_path / "run" / "0.50")
+    with pytest.raises(ValueError, match=r"0\.50 (is no folder|holds a checkpoint|holds model.safetensors and no)"):
+        trainer.train()
+    assert trainer.hspg is None and [path.name for path in (tmp_path / "run").iterdir()] == ["0.50"]
+    (tmp_path / "run" / "0.50").rename(tmp_path / "moved")
+    trainer.train()
+    (tmp_path / "small").mkdir()
+    (tmp_path / "moved").rename(tmp_path / "small" / "0.50")
+    with pytest.raises(ValueError, match="0.50"):
+        trainer.save_model(str(tmp_path / "small"))
+    assert [path.name for path in (tmp_path / "small").iterdir()] == ["0.50"]
+
+
+def test_another_runs_model_is_not_taken_for_ones_own(tmp_path, caplog, no_pictures):
+    """Of a folder with the milestones of another run in it, into which one is resumed."""
+    other = make(tmp_path / "here", config=SIZES, learning_rate=1e-2)
+    other.train()
+    whole = make(tmp_path / "there", config=SIZES, save_strategy="steps", save_steps=20)
+    whole.train()
+    mine, theirs = (tmp_path / "there" / "0.30", tmp_path / "here" / "0.30")
+    assert (mine / "model.safetensors").read_bytes() != (theirs / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "there" / "0.50")
+    resumed = make(tmp_path / "here", config=SIZES)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "there" / "checkpoint-20"))
+    assert (mine / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+    assert "The model of milestone 0.5 is neither in" in caplog.text and (tmp_path / "here" / "0.50").is_dir()
+    resumed.save_model(str(tmp_path / "small"))
+    assert f"The model of milestone 0.5 of this run is not in {tmp_path / 'here'} any more" in caplog.text
+    assert [path.name for path in (tmp_path / "small").glob("0.*")] == ["0.30"]
+    assert [size.name for size in resumed._sizes()] == ["0.30", "0.70"]
+
+
+def test_a_second_run_of_a_trainer_keeps_its_own(tmp_path, no_pictures):
+    trainer = make(tmp_path, config=SIZES, extra={"callbacks": [StopAt(13)]})
+    trainer.model_init = lambda: tiny_model(ONE_EACH[0])
+    trainer.train()
+    first = (tmp_path / "0.30" / "model.safetensors").read_bytes()
+    trainer.args.learning_rate = 1e-2
+    trainer.train()
+    assert (tmp_path / "0.30" / "model.safetensors").read_bytes() != first
+
+
+def test_a_model_between_sizes_has_no_numbers_of_an_earlier_one(tmp_path, no_pictures):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "milestone.json").write_text("{}")
+    trainer = make(tmp_path / "run", config=SIZES, extra={"callbacks": [StopAt(19)]})
+    trainer.train()
+    trainer.save_model(str(tmp_path / "small"))
+    assert not (tmp_path / "small" / "milestone.json").exists() and numbers(tmp_path / "small" / "0.50")
+    trainer.create_model_card()
+    assert "Every size of this run" not in (tmp_path / "run" / "README.md").read_text()  # it is none of them
+
+
 def test_a_run_that_stops_between_milestones_says_which_sizes_are_finished(tmp_path, caplog, no_pictures):
     trainer = make(tmp_path, config=SIZES, save_strategy="steps", save_steps=50, extra={"callbacks": [StopAt(14)]})
     trainer.train()
@@ -174,6 +295,12 @@ def test_milestones_of_equal_blocks_are_of_the_familys_own_class(tmp_path, no_pi
     widths = [BertConfig.from_pretrained(tmp_path / name).intermediate_size for name in ("0.30", "0.50", "")]
     assert widths == [20, 12, 8]  # of 24, in fours
     assert json.loads((tmp_path / "0.30" / "config.json").read_text())["model_type"] == "bert"
+
+
+def test_a_decay_that_is_longer_than_what_leads_to_a_size_is_refused(tmp_path):
+    options = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 7}}
+    with pytest.raises(ValueError, match=r"`num_decay_steps`=7 .* into the 6 that lead to 0\.5: with `milestones`"):
+        make(tmp_path, config=SIZES, **options).train()
 
 
 @pytest.mark.parametrize("scheduler", ["reduce_lr_on_plateau", "greedy"])
@@ -193,10 +320,15 @@ def test_the_best_step_is_of_its_size_and_the_first_of_equals():
     ]
     assert best_step(log, 0.3, "eval_loss", greater=False) == 3 and best_step(log, 0.3, "eval_loss", greater=True) == 2
     assert best_step(log, 0.5, "eval_f1", greater=True) is None
+    nothing = {"step": 0, "eval_loss": float("nan"), "eval_milestone": 0.3}
+    assert best_step([nothing, *log], 0.3, "eval_loss", greater=False) == 3
 
 
 def test_names_and_columns():
-    assert [folder_name(share) for share in (0.3, 0.55, 0.125, 1 / 3)] == ["0.30", "0.55", "0.125", repr(1 / 3)]
+    assert [folder_name(share) for share in (0.3, 0.55, 0.125, 1 / 3)] == ["0.30", "0.55", "0.125", "0.333333"]
+    assert folder_name(0.1 + 0.2) == folder_name(float(np.float32(0.3))) == "0.30"
+    odd = {"eval_a": 1, "eval_b": [1.0], "eval_c": {"f1": 1.0}, "eval_d": None, "eval_e": "x", "eval_f": True}
+    assert counted({**odd, "eval_runtime": 1.0, "epoch": 1.0}) == {"eval_a": 1}
     scores = {"eval_loss": 1.0, "eval_f1": 61.234}
     small = Size(0.5, 7, 0.5, 0.6, 0.75, 10, scores)
     assert plotted_score([small], None) == "eval_f1" and plotted_score([small], "loss") == "eval_loss"
