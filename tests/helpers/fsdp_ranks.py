@@ -367,6 +367,16 @@ def passed_milestone(trainer: OTOTrainer) -> dict:
     return seen
 
 
+class WriteOnOneRank(TrainerCallback):
+    """Moves the weights of the second rank's shards in the recovery, as an average of weights that is copied in."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == STEPS - 2 and dist.get_rank() == 1:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.to_local().add_(1e-3)
+
+
 def run_trainer(folder: Path) -> dict:
     found = {}
     if dist.get_rank() == 0:
@@ -398,6 +408,12 @@ def run_trainer(folder: Path) -> dict:
         trainer_of(arguments(folder / "milestone", **sharded, **most, **every), config=MILESTONE)
     )
     found["uniform"] = trained(trainer_of(arguments(folder / "uniform", **sharded), config=UNIFORM))
+    written = trainer_of(arguments(folder / "written", **sharded))
+    written.add_callback(WriteOnOneRank())
+    try:
+        written.train()
+    except ValueError as error:
+        found["written"] = str(error)
     return found
 
 

@@ -150,6 +150,12 @@ def test_trainer_saves_the_familys_own_class_where_blocks_are_alike(ran):
     assert largest_difference(outputs(small), outputs(full)) <= 1e-5
 
 
+def test_zeros_that_are_written_to_on_one_rank_stop_every_rank(ran):
+    said = [ran("trainer", rank)["written"] for rank in (0, 1)]
+    assert said[0] == said[1]
+    assert f"neurons that were zero are not any more at step {fsdp_ranks.STEPS - 2}" in said[0]
+
+
 @pytest.mark.parametrize("way", ["full", "sharded"])
 def test_trainer_resumes_to_the_bit(ran, way):
     for rank in (0, 1):
