@@ -157,10 +157,12 @@ class MilestonesTrainer(PruningTrainer, CheckpointingTrainer):
             yield
             return
         found = [place / name_of(best) for place in places if (place / name_of(best)).is_dir()]
-        of_losses = (parameter for group in cast(Any, self.optimizer).param_groups for parameter in group["params"])
-        whole = self._whole_model()
-        reshard(whole)
-        held = {tensor: tensor.detach().clone() for tensor in (*whole.parameters(), *whole.buffers(), *of_losses)}
+        reshard(self._whole_model())
+        held = {
+            tensor: tensor.detach().clone()
+            for module in self._trained_modules()
+            for tensor in (*module.parameters(), *module.buffers())
+        }
         self._load_weights(str(found[0]), self.model_wrapped if self.is_fsdp_enabled else None)
         self._weights_of = best
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
@@ -11,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from ..models.configuration_oto import BLOCK_SPECS, dense_model_type
+from ..models.groups import partition
 
 # Of Transformers' own classes these are no models: whoever writes a model of his own derives it from one of them.
 _ABSTRACT = "PreTrainedModel"
@@ -95,6 +97,24 @@ def put_config(model: nn.Module, old: PreTrainedConfig, new: PreTrainedConfig) -
         for name, value in vars(module.config).copy().items() if isinstance(module, PreTrainedModel) else ():
             if value is old:
                 setattr(module.config, name, new)
+
+
+def shared_outside(part: PreTrainedModel, around: Iterable[nn.Module]) -> str | None:
+    """
+    Where a weight that groups own is used outside of the part as well, `None` if none is.
+
+    Args:
+        part ([`PreTrainedModel`]): The part with the groups.
+        around (`Iterable[nn.Module]`): What is trained, the part in it.
+    """
+    parameters, inside = dict(part.named_parameters()), set(part.modules())
+    owned = {parameters[name] for array in partition(part).arrays for name, _ in array.members}
+    for module in around:
+        for path, one in module.named_modules():
+            for name, parameter in one._parameters.items() if one not in inside else ():
+                if parameter in owned:
+                    return f"{path}.{name}"
+    return None
 
 
 def path_of(model: nn.Module, part: nn.Module) -> str:

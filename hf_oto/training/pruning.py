@@ -28,11 +28,12 @@ from . import checkpoints, showing
 from .attaching import goes_on, hspg_in, optimizers_in, settled_config, wrapped
 from .data_parallel import unwatchable, watch_anew
 from .learning_rate import scheduler_of
-from .pruned_part import find_part, path_of, put_config, put_part, saved_config
+from .pruned_part import find_part, path_of, put_config, put_part, saved_config, shared_outside
 from .refusals import (
     NO_DEEPSPEED,
     NO_FSDP_AROUND,
     check_gradients,
+    check_kind,
     check_metric,
     check_optimizer,
     check_parallelism,
@@ -69,6 +70,7 @@ class PruningTrainer(TaughtTrainer):
         oto_config = settled_config(oto_config, optimizers_in(others, kwargs))
         self._checked: nn.Module | None = None  # what is known to be prunable
         if model is not None:  # before Trainer makes `output_dir`
+            check_kind(type(self), model)
             trains = kwargs.get("train_dataset") is not None or any(other is not None for other in others)
             if trains and not may_be_empty(args):
                 check_placed(model)
@@ -107,6 +109,10 @@ class PruningTrainer(TaughtTrainer):
 
     def _part(self) -> PreTrainedModel:
         return self.pruned_part(self._whole_model())
+
+    def _trained_modules(self) -> list[nn.Module]:
+        """All modules whose weights the optimizer may have: those of some Trainers have losses with weights."""
+        return [self._whole_model()]
 
     # Before the first step.
 
@@ -189,6 +195,8 @@ class PruningTrainer(TaughtTrainer):
             return "what is compiled around several processes goes by the weights that it was given"
         if reason := unwatchable(self.model_wrapped):
             return reason
+        if shared := shared_outside(self._part(), self._trained_modules()):
+            return f"{shared!r} shares its weights with the part that is pruned, and would no longer"
         return None if self.hspg is None else self.hspg.unshrinkable
 
     @property

@@ -35,6 +35,28 @@ NO_FSDP_AROUND = (
 )
 
 
+# The models of sentence-transformers, each with a Trainer of its own here.
+_EMBEDDERS = ("SentenceTransformer", "CrossEncoder", "SparseEncoder", "MultiVectorEncoder")
+
+
+def check_kind(trainer: type, model: Any) -> None:
+    """Refuse what is no model, and a model of sentence-transformers in a Trainer that is none of that package's."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`model` must be a model, got {type(model).__name__} {model!r}. Load it before, as by `from_pretrained`."
+        )
+    found, trainers = (
+        [cls.__name__ for cls in kind.__mro__ if cls.__module__.startswith("sentence_transformers.")]
+        for kind in (type(model), trainer)
+    )
+    found = [name for name in found if name in _EMBEDDERS]
+    if found and not trainers:
+        raise ValueError(
+            f"`model` is a {found[0]} of sentence-transformers, whose losses and texts {trainer.__name__} does not "
+            f"know. Use OTO{found[0]}Trainer with {found[0]}TrainingArguments."
+        )
+
+
 def check_optimizer(args: TrainingArguments | None) -> None:
     """Refuse optimizers that HSPG cannot wrap."""
     optim = str(getattr(args, "optim", "")).rpartition(".")[2].lower()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from ..models import configuration_oto, modeling_oto
 from ..report.card import CAPTIONS, card_section
 from ..report.milestones import sizes_picture
 from ..report.pictures import training_entries
@@ -44,6 +48,7 @@ class _PruningTrainer(OTOTrainer):
     loss: Any  # a module, or one for every data set
     evaluator: Any
     loading_class = ""
+    model_class: Any  # upstream's: what it trains
 
     def __init__(
         self,
@@ -61,6 +66,11 @@ class _PruningTrainer(OTOTrainer):
                 "`MarginMSELoss`."
             )
         self._loading_error: Exception | None = None
+        if isinstance(model, nn.Module) and not isinstance(model, self.model_class):
+            raise TypeError(
+                f"`model` must be a {self.loading_class} for {type(self).__name__}, got {type(model).__name__}. Use "
+                f"the Trainer of its kind; from a Transformers model make `{self.loading_class}(folder)`."
+            )
         super().__init__(model, args, *others, **kwargs)
 
     @property
@@ -69,16 +79,36 @@ class _PruningTrainer(OTOTrainer):
 
     # Resuming.
 
-    def _loss_parameters(self) -> dict[str, Tensor]:
-        """What the losses train that is no part of the model, by a name that no weight of a model has."""
-        losses = self.loss if isinstance(self.loss, dict) else {"": self.loss}
-        of_model = set(self._whole_model().parameters())
-        return {
-            f"loss.{key}.{name}": parameter
-            for key, loss in losses.items()
-            for name, parameter in loss.named_parameters()
-            if parameter not in of_model
-        }
+    def _losses(self) -> dict[str, nn.Module]:
+        return self.loss if isinstance(self.loss, dict) else {"": self.loss}
+
+    def _trained_modules(self) -> list[nn.Module]:
+        return [*super()._trained_modules(), *self._losses().values()]
+
+    def _loss_tensors(self) -> dict[str, Tensor]:
+        """What the losses hold that is no part of the model, by a name that no weight of a model has."""
+        whole = self._whole_model()
+        seen = {*whole.parameters(), *whole.buffers()}
+        found: dict[str, Tensor] = {}
+        for key, loss in self._losses().items():
+            for name, tensor in loss.state_dict(keep_vars=True).items():
+                if isinstance(tensor, Tensor) and tensor not in seen:  # several data sets may have one loss
+                    seen.add(tensor)
+                    found[f"loss.{key}.{name}"] = tensor
+        return found
+
+    def _attach(self, optimizer: Optimizer, total_steps: int) -> None:
+        # The optimizer is made over the losses: what they hold is trained, and not what is pruned.
+        mine = set(self._part().parameters())
+        for key, loss in self._losses().items():
+            held = [type(module).__name__ for module in loss.modules() if isinstance(module, self.model_class)]
+            if held and mine.isdisjoint(loss.parameters()):
+                named = f" of {key!r}" if key else ""
+                raise ValueError(
+                    f"`loss`{named} ({type(loss).__name__}) was made over another {held[0]} than `model`, which it "
+                    f"would leave as it is. Make the loss over `model`."
+                )
+        super()._attach(optimizer, total_steps)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         try:
@@ -89,13 +119,13 @@ class _PruningTrainer(OTOTrainer):
 
     def _load_weights(self, checkpoint: str, model: nn.Module | None) -> None:
         super()._load_weights(checkpoint, model)
-        mine = self._loss_parameters()
+        mine = self._loss_tensors()
         if not mine:
             return
         path = Path(checkpoint, _LOSS)
         if not path.is_file():
             raise ValueError(
-                f"{checkpoint} lacks {_LOSS}, and the loss has parameters of its own ({', '.join(mine)}). Resume with "
+                f"{checkpoint} lacks {_LOSS}, and the loss has weights of its own ({', '.join(mine)}). Resume with "
                 f"the loss that the run began with."
             )
         saved = load_file(path)
@@ -104,8 +134,8 @@ class _PruningTrainer(OTOTrainer):
                 f"{path} holds {', '.join(saved)}, the loss has {', '.join(mine)} or these in other shapes. Resume "
                 f"with the loss that the run began with."
             )
-        for name, parameter in mine.items():
-            parameter.data.copy_(saved[name])
+        for name, tensor in mine.items():
+            tensor.data.copy_(saved[name])
 
     def _load_best_model(self) -> None:
         # Upstream logs an exception and goes on with the last weights, as if they were the best.
@@ -119,10 +149,11 @@ class _PruningTrainer(OTOTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self._output_dir)
+        _share_code(folder)
         if self._checkpoints_folder is None:
             self._complete_card(folder)
-        elif parameters := self._loss_parameters():
-            save_file({name: tensor.detach().contiguous() for name, tensor in parameters.items()}, folder / _LOSS)
+        elif tensors := self._loss_tensors():
+            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / _LOSS)
 
     def create_model_card(self, *args: Any, dense_metrics: Mapping[str, float] | None = None, **kwargs: Any) -> None:
         """As upstream's, with what was removed, what every layer kept and how to load the model."""
@@ -139,23 +170,36 @@ class _PruningTrainer(OTOTrainer):
         drawn = list(CAPTIONS)[: 2 if training_entries(self.state.log_history) else 1]
         sizes = self._sizes() if self._at_a_size else []
         drawn += list(sizes_picture(sizes, self.args.metric_for_best_model))
-        repo_id = self.hub_model_id or self._output_dir
+        card = ModelCard.load(path)
+        # Upstream's own line loads a plain model only. It has the model's name, or a stand-in for it, which upstream
+        # replaces in the whole card when the model is pushed.
+        line = re.compile(rf'model = {self.loading_class}\("(.*)"\)')
+        upstreams = line.search(card.text)
+        repo_id = self.hub_model_id or (upstreams[1] if upstreams else self._output_dir)
+        loading = f'model = {self.loading_class}("{repo_id}"{"" if self._is_plain else ", trust_remote_code=True"})'
+        card.text = line.sub(lambda _: loading, card.text)
         section = card_section(
             summarize(self._part(), sequence_length=config.sequence_length, latency_table=config.latency_table),
             repo_id=repo_id,
-            loading=f"from sentence_transformers import {self.loading_class}\n\n"
-            f'model = {self.loading_class}("{repo_id}"{"" if self._is_plain else ", trust_remote_code=True"})',
+            loading=f"from sentence_transformers import {self.loading_class}\n\n{loading}",
             plain=self._is_plain,
             pictures=drawn if importlib.util.find_spec("matplotlib") else (),
             scores=logged[-1] if logged else None,
             dense_scores=dense_scores,
             sizes=sizes,
         )
-        card = ModelCard.load(path)
         before, heading, rest = card.text.partition(_TRAINING)
         card.text = before + section + heading + rest
         card.data.tags = sorted({*(card.data.tags or []), "hf-oto", "pruned"})
         card.save(path)
+
+
+def _share_code(folder: Path) -> None:
+    """Put the code of an encoder in a folder of its own, as that of a `Router` is, where Transformers looks for it."""
+    for module in (modeling_oto, configuration_oto):
+        name = Path(cast(str, module.__file__)).name
+        for found in sorted(folder.glob(f"*/**/{name}"))[:1]:
+            shutil.copyfile(found, folder / name)
 
 
 class OTOSentenceTransformerTrainer(_PruningTrainer, SentenceTransformerTrainer):

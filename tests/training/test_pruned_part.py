@@ -192,3 +192,22 @@ def test_a_head_of_transformers_own_is_pruned_as_a_whole(tmp_path):
     assert trainer.pruned_part(trainer.model) is trainer.model
     assert trainer.put_back(trainer.model, other := tiny_model(ONE_EACH[0])) is other
     assert isinstance(trainer.model, AutoModelForQuestionAnswering._model_mapping[BertConfig])
+
+
+class Mirrored(Spans):
+    """Reads the encoder's first layer of neurons back: one weight in two places."""
+
+    def __init__(self, encoder):
+        super().__init__(encoder)
+        self.back = nn.Linear(32, 24)
+        self.back.weight = encoder.encoder.layer[0].intermediate.dense.weight
+
+
+def test_a_weight_that_is_used_outside_of_the_part_as_well_stays_one(tmp_path, caplog):
+    config = OTOConfig(min_neurons=4, round_to=4, shrink_during_training=True)
+    trainer = make(tmp_path, model=Mirrored(bert()), config=config)
+    trainer.train()
+    assert "'back.weight' shares its weights" in caplog.text
+    encoder = trainer.pruned_part(trainer.model)
+    assert counts(encoder) == DENSE and trainer.hspg.target_reached
+    assert trainer.model.back.weight is encoder.encoder.layer[0].intermediate.dense.weight

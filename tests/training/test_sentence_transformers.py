@@ -328,10 +328,19 @@ def run_stranger(folder, out, home, **environment):
     return torch.load(out, weights_only=True)
 
 
+def routed(folder):
+    """The encoder for documents, which upstream saves in a folder of its own, and a static one for questions."""
+    documents = list(embedder(folder))[:2]
+    questions = [StaticEmbedding(documents[0].tokenizer, embedding_dim=32)]
+    return SentenceTransformer(modules=[Router.for_query_document(questions, documents, "document")], device="cpu")
+
+
 @pytest.mark.slow
-def test_it_loads_where_hf_oto_is_not(tmp_path):
-    model = embedder(tmp_path / "encoder")
-    trainer = make(tmp_path / "run", model, scored(), losses.CoSENTLoss(model))
+@pytest.mark.parametrize("kind", [embedder, routed])
+def test_it_loads_where_hf_oto_is_not(kind, tmp_path):
+    model = kind(tmp_path / "encoder")
+    routes = {"router_mapping": {"first": "query", "second": "document"}} if kind is routed else {}
+    trainer = make(tmp_path / "run", model, scored(), losses.CoSENTLoss(model), **routes)
     trainer.train()
     trainer.save_model(str(tmp_path / "small"))
     found = run_stranger(tmp_path / "small", tmp_path / "found.pt", tmp_path / "home")
