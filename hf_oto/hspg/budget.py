@@ -6,6 +6,7 @@ items.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -123,12 +124,14 @@ def reach(partition: Partition, config: OTOConfig) -> Reach:
         floor, multiple = floor_and_multiple(array.kind, config)
         gone = partition.dense_count(array.kind) - array.count
         can_go = removable_groups(array.count, floor, multiple) if pruned else 0
+        first = array.count % multiple or multiple
         if pruned and config.uniform:
-            can_go = uniform_cuts(partition, array.kind, array.count, floor, multiple)[-1]
+            cuts = uniform_cuts(partition, array.kind, array.count, floor, multiple)
+            can_go, first = cuts[-1], cuts[min(1, len(cuts) - 1)]
         removed += int(cost_G[:gone].sum())
         reachable += int(cost_G[: gone + can_go].sum())
         if can_go:
-            step = int(cost_G[gone : gone + (array.count % multiple or multiple)].sum())
+            step = int(cost_G[gone : gone + first].sum())
             step *= partition.num_layers if config.uniform else 1
             cheapest = min(cheapest or step, step)
     return Reach(dense_cost(partition, config), removed, reachable, cheapest)
@@ -179,6 +182,13 @@ def check_uniform(partition: Partition, config: OTOConfig) -> None:
                 f"`uniform`=True needs a model whose blocks have equally many {kind}, got {sorted(numbers)}. Begin "
                 f"with the dense model, or leave it out."
             )
+        if not numbers <= set(taken := partition.plain_counts(kind)):
+            listed = ", ".join(map(str, taken)) if kind == "heads" else "one or more"
+            raise ValueError(
+                f"`uniform`=True needs as many {kind} in every block as the own config of models of type "
+                f"{partition.model_type!r} can say ({listed}), got {numbers.pop()}: the model was pruned before. "
+                f"Begin with the dense model, or leave it out."
+            )
 
 
 def is_reached(partition: Partition, config: OTOConfig) -> bool:
@@ -196,8 +206,8 @@ def check_target(partition: Partition, config: OTOConfig) -> None:
     Refuse a target that cannot be reached from the model as it is.
 
     Raises:
-        `ValueError`: The floors make the target unreachable, or as much is gone already. Names the reachable share. Or
-            `latency_table` is of another architecture.
+        `ValueError`: The floors make the target unreachable, as much is gone already, or the smallest cut takes more.
+            Names the share. Or `latency_table` is of another architecture.
     """
     check_table(partition, config)
     check_uniform(partition, config)
@@ -215,8 +225,17 @@ def check_target(partition: Partition, config: OTOConfig) -> None:
         raise ValueError(
             f"`target_sparsity`={config.target_sparsity} of {config.target_unit} cannot be reached: with "
             f"`min_heads`={config.min_heads}, `min_neurons`={config.min_neurons} and `round_to`={config.round_to} at "
-            f"most {int(found.reachable / found.total * 1e4) / 1e4} can go{whole}. Lower the target or the "
-            f"floors{_to_zero(config)}."
+            f"most {int(found.reachable / found.total * 1e4) / 1e4} can go{whole}. Lower {_to_lower(config)}."
+        )
+    first = min((*config.milestones, config.target_sparsity))
+    if not found.removed and allowance(first, found.total) < found.cheapest:
+        name = "milestones" if config.milestones else "target_sparsity"
+        blocks = "all blocks lose as many" if config.uniform else "of one block"
+        lower = ", or a lower `round_to`" if "neurons" in config.structures and config.round_to > 1 else ""
+        raise ValueError(
+            f"`{name}`={first} of {config.target_unit} is less than the smallest cut takes ({blocks}, "
+            f"`round_to`={config.round_to}), {math.ceil(found.cheapest / found.total * 1e4) / 1e4}: nothing would "
+            f"go. Choose a larger share{lower}."
         )
 
 
@@ -231,14 +250,15 @@ def check_milestones(partition: Partition, config: OTOConfig) -> None:
             )
 
 
-def _to_zero(config: OTOConfig) -> str:
+def _to_lower(config: OTOConfig) -> str:
+    """What to do about a target out of reach."""
     table = config.latency_table
-    kinds = [kind for kind in config.structures if table is not None and table.goes_whole(kind)]
-    if not kinds:
-        return ""
-    return (
-        f", those of {' and '.join(kinds)} to 0: by `latency_table` a block saves little before the last of them goes"
-    )
+    whole = " and ".join(kind for kind in config.structures if table is not None and table.goes_whole(kind))
+    reason = "by `latency_table` a block saves little before the last of them goes"
+    if config.uniform:
+        rest = f" and set the floors of {whole} to 0: {reason}" if whole else ", by which every block keeps something"
+        return f"the target or the floors, or leave `uniform`=True out{rest}"
+    return f"the target or the floors{f', those of {whole} to 0: {reason}' if whole else ''}"
 
 
 def target_examples(partition: Partition, config: OTOConfig) -> dict[str, list[int]]:

@@ -27,6 +27,9 @@ SHARDED_OPTIMIZER_NAMES = ("optimizer.bin", "optimizer_0")
 # The names that `save_pretrained` gives weights: whole, in shards, and the shards' index. No one else's.
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
+# The code that travels with models of the pruned classes: a plain one that takes their place has none.
+_CODE = ("configuration_oto.py", "modeling_oto.py")
+
 # A save whose files are all there, and on the way to their places; and what goes before the first of them moves.
 _WHOLE, _FILES, _GOES = f".model{UNFINISHED}whole", "files", "goes"
 
@@ -65,7 +68,7 @@ def replacing(target: Path) -> Iterator[Path]:
             files.rename(target)
             return
         _check_places(files, target)
-        (folder / _GOES).write_text("\n".join(_old_weights(files, target)), encoding="utf-8")
+        (folder / _GOES).write_text("\n".join(_of_old_weights(files, target)), encoding="utf-8")
         folder.rename(target / _WHOLE)
         finish(target)
 
@@ -134,14 +137,16 @@ def _is_weights(path: Path) -> bool:
     return _WEIGHTS.fullmatch(path.name) is not None
 
 
-def _old_weights(files: Path, target: Path) -> list[str]:
-    """The weights of an earlier save, and what they scored, in the folders of `target` that get weights now."""
+def _of_old_weights(files: Path, target: Path) -> list[str]:
+    """
+    The weights of an earlier save, their code and what they scored, in the folders of `target` that get weights now.
+    """
     folders = {path.parent for path in _files_in(files) if _is_weights(path)}
     return [
         str(path.relative_to(target))
         for folder in sorted(folders)
         for path in sorted((target / folder).glob("*"))
-        if (_is_weights(path) or path.name == FILE_NAME) and not path.is_dir()
+        if (_is_weights(path) or path.name in (FILE_NAME, *_CODE)) and not path.is_dir()
     ]
 
 

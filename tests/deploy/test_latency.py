@@ -326,14 +326,14 @@ def test_a_table_of_another_model_and_a_target_out_of_reach_are_refused_before_t
 
 
 def test_the_example_times_what_it_cut(tmp_path, capsys):
-    options = ["--size", "tiny", "--targets", "0.01", "--sequence_length", "64", "--repeats", "2", "--cpu_time"]
+    options = ["--size", "tiny", "--targets", "0.05", "--sequence_length", "64", "--repeats", "2", "--cpu_time"]
     numbers = example.main([*options, "--output", str(tmp_path / "latency.json")])
     assert json.loads((tmp_path / "latency.json").read_text(encoding="utf-8")) == numbers
     assert [row["way"] for row in numbers["rows"]] == ["heads first", "evenly", "neurons first"]
-    config = OTOConfig(target_sparsity=0.01, target_unit="latency", latency_table=numbers["table"])
+    config = OTOConfig(target_sparsity=0.05, target_unit="latency", latency_table=numbers["table"])
     with torch.device("meta"):
         groups = partition(transformers.BertModel(transformers.BertConfig(**example.SIZES["tiny"])))
     for row, kept in zip(numbers["rows"], target_examples(groups, config).values(), strict=True):
-        assert row["by_table"] == removed_cost(groups, config, kept) / numbers["table"]["total"] <= 0.01
+        assert row["by_table"] == removed_cost(groups, config, kept) / numbers["table"]["total"] <= 0.05
         assert -5 < row["got"] < 1
     assert "neurons first" in capsys.readouterr().out

@@ -243,11 +243,15 @@ def test_the_target_is_met_in_every_metric(run):
     try:
         check_target(groups, config)
     except ValueError:
-        most = sum(
-            int(cost_g[: removable_groups(count, floor, multiple)].sum())
-            for count, cost_g, (floor, multiple) in zip(counts.tolist(), costs, limits.tolist(), strict=True)
-        )
-        assert most < target
+        blocks = list(zip(counts.tolist(), costs, limits.tolist(), strict=True))
+        free = [removable_groups(count, floor, multiple) for count, _, (floor, multiple) in blocks]
+        most = sum(int(cost_g[:can_go].sum()) for can_go, (_, cost_g, _) in zip(free, blocks, strict=True))
+        firsts = [
+            int(cost_g[: count % multiple or multiple].sum())
+            for can_go, (count, cost_g, (_, multiple)) in zip(free, blocks, strict=True)
+            if can_go
+        ]
+        assert most < target or target < min(firsts)
         return
 
     def gone_of(alive):
@@ -294,6 +298,18 @@ def test_a_target_that_the_floors_rule_out_is_refused_with_what_is_reachable():
         check_target(groups, OTOConfig(target_sparsity=0.7, target_unit="groups"))
     check_target(groups, OTOConfig(target_sparsity=None))
     check_target(groups, OTOConfig(target_sparsity=0.0))
+
+
+def test_a_target_below_the_smallest_cut_is_refused():
+    groups = made_up()  # two blocks; eight neurons, 8 · 65, are less than a head
+    with pytest.raises(
+        ValueError,
+        match=r"`target_sparsity`=0.04 of params is less than the smallest cut takes \(of one block, "
+        r"`round_to`=8\), 0.0453: nothing would go. Choose a larger share, or a lower `round_to`",  # 520 / 11,504
+    ):
+        check_target(groups, OTOConfig(target_sparsity=0.04))
+    check_target(groups, OTOConfig(target_sparsity=0.0453))
+    check_target(groups, OTOConfig(target_sparsity=0.04, round_to=4))
 
 
 def test_a_model_that_is_pruned_to_the_target_already_is_refused():

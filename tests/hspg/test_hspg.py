@@ -557,7 +557,7 @@ def test_a_real_run_meets_its_target(name, target, unit, structures, floors, rou
     try:
         optimizer = HSPG(base, groups, config, 7)
     except ValueError as error:
-        assert "cannot be reached" in str(error)
+        assert "cannot be reached" in str(error) or "less than the smallest cut takes" in str(error)
         return
     train(model, optimizer, 7)
     found = zeroed(model)

@@ -1,6 +1,7 @@
 """Every block keeps equally many groups: what is chosen, and the model of the family's own class that comes of it."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -20,6 +21,7 @@ from families import (
     squares,
     tiny_model,
     training_batch,
+    zero,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -221,6 +223,75 @@ def test_what_cannot_be_uniform_is_refused():
             dict(model.named_parameters())[owned.name].index_fill_(owned.dim, positions, 0)
     with pytest.raises(ValueError, match=r"equally many neurons, got \[20, 24\]"):
         check_target(partition(compress(model)), OTOConfig(**NEURONS))
+
+
+def cut_in_every_block(name, kind, gone):
+    """A model of the pruned class whose blocks have all lost as many."""
+    model = tiny_model(name)
+    for array in partition(model).arrays:
+        if array.kind == kind:
+            zero(model, array, range(gone))
+    return compress(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "gone", "structures", "message"),
+    [
+        ("Bert", "heads", 1, ("neurons",), r"many heads .* type 'bert' can say \(4\), got 3"),
+        ("Llama", "heads", 1, ("heads", "neurons"), r"many heads .* type 'llama' can say \(1, 2, 4\), got 3"),
+        ("Qwen3", "heads", 4, ("neurons",), r"many heads .* type 'qwen3' can say \(1, 2, 3, 4\), got 0"),
+        ("Qwen3", "neurons", 24, ("heads",), r"many neurons .* can say \(one or more\), got 0"),
+    ],
+)
+def test_sizes_that_no_config_of_the_family_says_are_refused(name, kind, gone, structures, message, tmp_path):
+    """All blocks are alike, and before the first step: what comes of them could not be of the family's own class."""
+    model = cut_in_every_block(f"{name}ForQuestionAnswering", kind, gone)
+    config = OTOConfig(target_sparsity=0.7, **NEURONS | {"structures": structures})
+    with pytest.raises(ValueError, match=f"`uniform`=True needs as {message}: the model was pruned before"):
+        make(tmp_path, model=model, config=config)
+
+
+def test_sizes_that_a_config_of_the_family_says_may_be_pruned_before(tmp_path):
+    model = cut_in_every_block("LlamaForQuestionAnswering", "heads", 2)
+    trainer = make(tmp_path, model=model, config=OTOConfig(target_sparsity=0.4, pruning_periods=2, **NEURONS))
+    trainer.train()
+    small = trainer.compressed_model()
+    assert type(small).__name__ == "LlamaForQuestionAnswering" and counts(small) == [(2, 16)] * 3
+
+
+def test_a_target_below_the_smallest_cut_is_refused():
+    """It would be met by a model that has lost nothing."""
+    llama = partition(tiny_model("LlamaForQuestionAnswering"))  # 4 key/value heads: 2 and 1 divide as well
+    heads = {**NEURONS, "structures": ("heads",)}
+    assert reach(llama, OTOConfig(**heads)).cheapest == 2 * 3 * 6 * 32 * 8
+    with pytest.raises(ValueError, match=r"=0.49 of params is less than .*\(all blocks lose as many.*\), 0.5: n"):
+        check_target(llama, OTOConfig(target_sparsity=0.49, **heads))
+    check_target(llama, OTOConfig(target_sparsity=0.5, **heads))
+    with pytest.raises(ValueError, match=r"`milestones`=0.3 of params is less than the smallest cut takes"):
+        check_target(llama, OTOConfig(target_sparsity=0.7, milestones=(0.3,), **heads))
+
+
+def test_a_table_by_which_all_or_none_go_leaves_nothing_to_be_uniform_in():
+    groups = partition(tiny_model("BertForQuestionAnswering"))
+    neurons = ((0, 0), (1, 9000), (24, 9023))
+    made = made_table(groups)
+    total = 1000 + 3 * (made.heads[-1][1] + 9023)
+    table = dataclasses.replace(made, method="CUDA graph", neurons=neurons, total=total)
+    config = OTOConfig(target_sparsity=0.1, target_unit="latency", latency_table=table, **NEURONS)
+    with pytest.raises(ValueError, match="leave `uniform`=True out and set the floors of neurons to 0: by `latency_t"):
+        check_target(groups, config)
+    with pytest.raises(ValueError, match="Lower the target or the floors, or leave `uniform`=True out"):
+        check_target(groups, OTOConfig(target_sparsity=0.95, **NEURONS))
+
+
+def test_a_plain_model_takes_the_place_of_one_with_code(tmp_path):
+    cut_in_every_block("BertForQuestionAnswering", "heads", 1).save_pretrained(tmp_path / "small")
+    (tmp_path / "small" / "mine.py").write_text("kept")
+    assert len(list((tmp_path / "small").glob("*_oto.py"))) == 2
+    trainer = make(tmp_path, config=OTOConfig(target_sparsity=0.4, pruning_periods=3, **NEURONS))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "small"))
+    assert [path.name for path in (tmp_path / "small").glob("*.py")] == ["mine.py"]
 
 
 def test_what_a_config_of_the_family_takes():
