@@ -12,9 +12,17 @@ import torch
 import transformers
 import typer
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+    logging,
+)
 
 from ..deploy.answering import QuestionAnswerer
 from ..deploy.model_files import WEIGHTS
@@ -62,7 +70,9 @@ def read_config(name: str) -> PreTrainedConfig:
     """The config of a supported family, from a folder or the Hub."""
     folder = Path(name)
     if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
-        raise ValueError(f"{name} has no {CONFIG_NAME}. Give a folder with a model, or a model of the Hub.")
+        found = [str(path.parent) for path in sorted(folder.glob(f"*/{CONFIG_NAME}")) if _is_config(path)]
+        inside = f" There are models in it: {', '.join(found)}." if found else ""
+        raise ValueError(f"{name} has no {CONFIG_NAME}. Give a folder with a model, or a model of the Hub.{inside}")
     # hf_oto's own classes: no code that came with a model runs.
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -71,6 +81,14 @@ def read_config(name: str) -> PreTrainedConfig:
     if dense_model_type(config.model_type) not in BLOCK_SPECS:
         raise ValueError(f"{name} is {refusal(config.model_type)}")
     return config
+
+
+def _is_config(path: Path) -> bool:
+    """Whether a file is the config of a model, and not of something around one."""
+    try:
+        return "model_type" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
@@ -86,19 +104,21 @@ def model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
             f"`architectures` of the config says {wanted!r}, which is no class of Transformers or hf_oto for "
             f"{config.model_type!r}."
         )
+    if wanted == base:
+        return found
     names = _weight_names(name)
-    if wanted == base or not names or any(one.startswith(f"{found.base_model_prefix}.") for one in names):
+    if not names or any(one.startswith(f"{found.base_model_prefix}.") for one in names):
         return found
     return cast(type[PreTrainedModel], getattr(modeling_oto, base, None) or getattr(transformers, base, found))
 
 
 def _weight_names(name: str) -> list[str]:
-    """What a model's weights are called in its safetensors; nothing where it has none."""
-    if (whole := file_of(name, SAFE_WEIGHTS_NAME)) is not None:
-        with safe_open(whole, framework="pt") as file:
-            return list(file.keys())
-    if (index := file_of(name, SAFE_WEIGHTS_INDEX_NAME)) is not None:
-        return list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+    """What a model's weights are called in its files; nothing where it has none."""
+    for whole, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        if (path := file_of(name, whole)) is not None:
+            return list(load_state_dict(path, map_location="meta"))  # the names alone, and of tensors only
+        if (path := file_of(name, index)) is not None:
+            return list(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"])
     return []
 
 

@@ -45,10 +45,11 @@ def dense_config(config: PreTrainedConfig) -> dict[str, Any]:
     which kind of model it is, for labels, and for the tokens that it reads.
     """
     family = dense_model_type(config.model_type)
-    pruned = {"per_layer_config", "auto_map", "refused_as_dense"} | (
+    # `_name_or_path` is a folder of this machine, which no one else has to know.
+    left_out = {"per_layer_config", "auto_map", "refused_as_dense", "_name_or_path"} | (
         set() if BLOCK_SPECS[family].own_head_size else {"head_dim"}
     )
-    values = {name: value for name, value in config.to_dict().items() if name not in pruned}
+    values = {name: value for name, value in config.to_dict().items() if name not in left_out}
     architectures = [name.removeprefix("OTO") for name in values.get("architectures") or []]
     return {**values, "model_type": family, "architectures": architectures}
 

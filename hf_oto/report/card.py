@@ -35,6 +35,19 @@ def save_figures(found: Mapping[str, Any], folder: str | os.PathLike) -> None:
             save_figure(figure, Path(folder, f"{name}.{form}"))
 
 
+_HEADING = "## How to load it"
+_TRUSTING = ", trust_remote_code=True"
+_WITH_CODE = "With `import hf_oto` before it, `trust_remote_code` is not needed."
+_WITHOUT_CODE = "It is a model of its family's own class, and needs no code of its own."
+
+
+def as_plain(card: str) -> str:
+    """A card whose section on loading is that of a model of the family's own class, where it has such a section."""
+    before, heading, after = card.partition(f"{_HEADING}\n")
+    loading, following, rest = after.partition("\n## ")
+    return before + heading + loading.replace(_TRUSTING, "").replace(_WITH_CODE, _WITHOUT_CODE) + following + rest
+
+
 def card_section(
     summary: Summary,
     *,
@@ -70,12 +83,10 @@ def card_section(
     table = "\n".join(["| | dense | this model |", "| --- | --- | --- |", *rows]) + "\n\n" if rows else ""
     layers = f"![{CAPTIONS['layers']}](layers.png)\n\n" if "layers" in pictures else ""
     run = f"![{CAPTIONS['run']}](run.png)\n\n" if "run" in pictures else ""
-    trusting = "" if plain else ", trust_remote_code=True"
+    trusting = "" if plain else _TRUSTING
     loading = loading or (
         f'from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained("{repo_id}"{trusting})'
     )
-    without = "It is a model of its family's own class, and needs no code of its own."
-    without = without if plain else "With `import hf_oto` before it, `trust_remote_code` is not needed."
     return f"""## Compression
 
 While it was fine-tuned, whole attention heads and feed-forward neurons were removed by
@@ -84,13 +95,13 @@ While it was fine-tuned, whole attention heads and feed-forward neurons were rem
 {_faster(summary)}
 {table}{layers}{summary}
 
-{run}{sizes_section(sizes, pictured=PICTURE in pictures)}## How to load it
+{run}{sizes_section(sizes, pictured=PICTURE in pictures)}{_HEADING}
 
 ```python
 {loading}
 ```
 
-{without}
+{_WITHOUT_CODE if plain else _WITH_CODE}
 
 """
 

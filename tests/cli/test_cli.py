@@ -38,6 +38,7 @@ from hf_oto.deploy.onnx_export import export_onnx, inference_session
 from hf_oto.hspg.budget import reach
 from hf_oto.models.configuration_oto import BLOCK_SPECS
 from hf_oto.models.surgery import compress
+from hf_oto.report.card import card_section
 
 COMMANDS = ("inspect", "compress", "latency", "bench", "export", "answer")
 CODE = ["configuration_oto.py", "modeling_oto.py"]  # what travels beside the weights
@@ -327,6 +328,50 @@ def test_a_config_that_names_a_head_without_weights_is_a_base_model(tmp_path):
     wordpiece().save_pretrained(checkpoint)
     answered("export", checkpoint, tmp_path / "onnx", "--folder")
     assert json.loads((tmp_path / "onnx" / "config.json").read_text())["architectures"] == ["MPNetModel"]
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_weights_in_pickled_files_say_as_much(shards, tmp_path):
+    """As older folders have them."""
+    checkpoint = tmp_path / "model"
+    model = saved(checkpoint, "MPNetModel", zeros=True)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"architectures": ["MPNetForMaskedLM"]}))
+    (checkpoint / "model.safetensors").unlink()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    file = "pytorch_model-00001-of-00001.bin" if shards else "pytorch_model.bin"
+    torch.save(weights, checkpoint / file)
+    if shards:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, file)}
+        (checkpoint / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert answered("inspect", checkpoint)["class"] == "MPNetModel"
+    answered("compress", checkpoint, tmp_path / "small")
+    small = transformers.AutoModel.from_pretrained(tmp_path / "small")
+    assert largest_difference(outputs(small), outputs(model)) <= 1e-5
+
+
+def test_a_folder_around_models_names_them(tmp_path):
+    """A run's folder with checkpoints, and how sentence-transformers once laid out its own."""
+    saved(tmp_path / "run" / "checkpoint-8", zeros=True)
+    (tmp_path / "run" / "1_Pooling").mkdir()
+    (tmp_path / "run" / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    error = refused("compress", tmp_path / "run", tmp_path / "out")
+    assert f"There are models in it: {tmp_path / 'run' / 'checkpoint-8'}." in error
+
+
+def test_the_card_of_a_plain_model_tells_to_load_it_without_code(tmp_path):
+    model = tiny_model(BERT)
+    for array in partition(model).arrays:
+        if array.kind == "neurons":
+            zero(model, array, range(8))
+    small = compress(model)
+    small.save_pretrained(tmp_path / "small")
+    before, after = b"# Mine \xff\r\n, trust_remote_code=True)\n", "## Rest\n\nmodel(trust_remote_code=True)\n"
+    told = {plain: card_section(summarize(small), repo_id="me/it", plain=plain) for plain in (False, True)}
+    (tmp_path / "small" / "README.md").write_bytes(before + (told[False] + after).encode())
+    answered("compress", tmp_path / "small", tmp_path / "plain", "--plain")
+    assert (tmp_path / "plain" / "README.md").read_bytes() == before + (told[True] + after).encode()
+    assert "trust_remote_code" not in told[True] and 'from_pretrained("me/it")' in told[True]
 
 
 def test_compress_says_what_went_and_takes_an_empty_folder(tmp_path):
