@@ -108,6 +108,8 @@ def _complete_tokenizer(source: Path, made: Path) -> None:
     if (made / "tokenizer.json").is_file() and (made / SPECIAL_TOKENS).is_file():
         return
     tokenizer = AutoTokenizer.from_pretrained(source)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what Transformers makes of no file at all
+        raise ValueError(f"{source} has no tokenizer. Save the one that the model was trained with beside it.")
     if not (made / "tokenizer.json").is_file():
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"{source} has no tokenizer.json, and {type(tokenizer).__name__} makes none.")

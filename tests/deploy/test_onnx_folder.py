@@ -157,6 +157,15 @@ def test_what_cannot_be_pooled_is_refused(tmp_path):
             Pooling.from_folder(folder)
 
 
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    """Transformers makes one that knows no word."""
+    small = tiny_model("BertModel", vocab_size=200)
+    small.save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match="small has no tokenizer. Save the one"):
+        export_folder(small, tmp_path / "out", tmp_path / "small")
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
 def test_the_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     small = small_folder(tmp_path / "small")
     calls = []
