@@ -16,7 +16,7 @@ from ..models.configuration_oto import PRUNED_PREFIX
 from ..models.folders import folder_beside
 from ..models.groups import partition
 from ..models.surgery import compress as cut
-from ..report.card import as_plain
+from ..report.card import as_plain, rewrite
 from ..report.summary import summarize
 from .loading import load_model, local_folder, read_config
 from .printing import JsonOption, show
@@ -59,10 +59,8 @@ def compress(
         made = folder / "model"
         small.save_pretrained(made)
         copy_beside_weights(source, made)
-        card = made / "README.md"
-        if plain and card.is_file():  # whatever else is in it stays, byte by byte
-            text = card.read_bytes().decode("utf-8", "surrogateescape")
-            card.write_bytes(as_plain(text).encode("utf-8", "surrogateescape"))
+        if plain:
+            rewrite(made / "README.md", as_plain)
         files = sorted(str(path.relative_to(made)) for path in made.rglob("*") if path.is_file())
         if out.is_dir():
             out.rmdir()  # it is empty; not every system renames onto it

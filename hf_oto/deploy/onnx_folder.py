@@ -14,6 +14,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..models.configuration_oto import BLOCK_SPECS, dense_model_type
 from ..models.folders import folder_beside
+from ..report.card import as_onnx, rewrite
 from .model_files import copy_beside_weights
 from .onnx_export import Export, export_onnx
 from .pooling import Pooling
@@ -91,6 +92,7 @@ def export_folder(
         made = folder / "model"
         (made / "onnx").mkdir(parents=True)
         copy_beside_weights(source, made)
+        rewrite(made / "README.md", as_onnx)
         _complete_tokenizer(source, made)
         values = {**dense_config(model.config), "architectures": [type(model).__name__.removeprefix("OTO")]}
         (made / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

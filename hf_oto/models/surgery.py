@@ -59,12 +59,60 @@ def compress(
     Raises:
         `ValueError`: The model is not supported, or the cut model does not compute what the model computes.
     """
+    groups, kept = _zeros_of(model)
+    return _cut(model, groups, kept, example_inputs, atol=atol, plain=plain, show_progress=show_progress)
+
+
+def compress_evenly(model: PreTrainedModel, *, show_progress: bool = False) -> PreTrainedModel:
+    """
+    As [`compress`] with `plain=True`, of a model on its way there: of every block goes what all can spare.
+
+    Args:
+        model ([`PreTrainedModel`]), show_progress (`bool`, *optional*): As in [`compress`].
+    """
+    groups, kept = _zeros_of(model)
+    return _cut(model, groups, evenly(groups, kept), plain=True, show_progress=show_progress)
+
+
+def evenly(groups: Partition, kept: Sequence[Tensor]) -> list[Tensor]:
+    """
+    With zero groups beside them, so that all blocks keep as many, and as many as the family's own config can say.
+
+    Args:
+        groups ([`~hf_oto.models.groups.Partition`]): Of the model.
+        kept (`Sequence[Tensor]`): For every array of the groups, which are not zero: bool `[G]`, as in the result.
+    """
+    least = {"heads": 0, "neurons": 0}
+    for array, keep in zip(groups.arrays, kept, strict=True):
+        least[array.kind] = max(least[array.kind], int(keep.sum()))
+    number = {kind: min(count for count in groups.plain_counts(kind) if count >= least[kind]) for kind in least}
+    filled = [keep.clone() for keep in kept]
+    for array, keep in zip(groups.arrays, filled, strict=True):
+        keep[(~keep).nonzero().flatten()[: number[array.kind] - int(keep.sum())]] = True
+    return filled
+
+
+def _zeros_of(model: PreTrainedModel) -> tuple[Partition, list[Tensor]]:
+    """The groups of a model that can be cut, and which of them are not zero."""
     groups = partition(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if is_sharded(model):
         raise ValueError("`model` must be whole, got one that is spread over ranks. Pass what `gather` makes of it.")
     check_placed(model)
-    kept = [~zero_groups(array, parameters) for array in groups.arrays]
+    return groups, [~zero_groups(array, parameters) for array in groups.arrays]
+
+
+def _cut(
+    model: PreTrainedModel,
+    groups: Partition,
+    kept: Sequence[Tensor],
+    example_inputs: Mapping[str, Any] | None = None,
+    *,
+    plain: bool,
+    atol: float = ATOL,
+    show_progress: bool,
+) -> PreTrainedModel:
+    """A small model that was compared with the large one."""
     with tqdm(total=2, desc="Cutting out what is zero", leave=False, disable=not show_progress) as bar:
         cut = keep_groups(model, groups, kept, plain=plain)
         if model.can_generate():

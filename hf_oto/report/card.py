@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,41 @@ _WITH_CODE = "With `import hf_oto` before it, `trust_remote_code` is not needed.
 _WITHOUT_CODE = "It is a model of its family's own class, and needs no code of its own."
 
 
+_WITH_ONNX = """
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("onnx/model.onnx")
+```
+
+There are no weights beside it. ONNX Runtime, Transformers.js and fastembed read it by the config of its family.
+"""
+
+# Upstream's own line in the cards of sentence-transformers, with or without what a pruned class needs.
+_BY_WEIGHTS = re.compile(rf'\b(SentenceTransformer|CrossEncoder|SparseEncoder)\(("[^"]*")({_TRUSTING})?\)')
+
+
 def as_plain(card: str) -> str:
     """A card whose section on loading is that of a model of the family's own class, where it has such a section."""
+    return _with_loading(card, lambda found: found.replace(_TRUSTING, "").replace(_WITH_CODE, _WITHOUT_CODE))
+
+
+def as_onnx(card: str) -> str:
+    """A card that tells to load `onnx/model.onnx`, where it tells to load weights."""
+    return _BY_WEIGHTS.sub(r'\1(\2, backend="onnx")', _with_loading(card, lambda _: _WITH_ONNX))
+
+
+def rewrite(card: Path, to: Callable[[str], str]) -> None:
+    """Put [`as_plain`] or [`as_onnx`] of a card in its place, if there is one. The rest stays, byte by byte."""
+    if card.is_file():
+        text = card.read_bytes().decode("utf-8", "surrogateescape")
+        card.write_bytes(to(text).encode("utf-8", "surrogateescape"))
+
+
+def _with_loading(card: str, to: Callable[[str], str]) -> str:
     before, heading, after = card.partition(f"{_HEADING}\n")
     loading, following, rest = after.partition("\n## ")
-    return before + heading + loading.replace(_TRUSTING, "").replace(_WITH_CODE, _WITHOUT_CODE) + following + rest
+    return before + heading + (to(loading) if heading else loading) + following + rest
 
 
 def card_section(

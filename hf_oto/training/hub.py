@@ -12,7 +12,10 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from ..report.milestones import FILE_NAME, folders_in
-from .saving import NOT_THE_MODEL
+from .saving import CODE, NOT_THE_MODEL
+
+# Of the model that was there before, where the one that takes its place has no such file.
+_REPLACED = [FILE_NAME, *CODE]
 
 
 def start_push(
@@ -44,7 +47,7 @@ def start_push(
 
     run = cast(str, args.output_dir)
     left_out = _left_out({*beside, *folders_in(run)})
-    jobs = [upload(run, f"Training in progress, step {step}", left_out, replaced=[FILE_NAME])]
+    jobs = [upload(run, f"Training in progress, step {step}", left_out, replaced=_REPLACED)]
     if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         last = args.hub_strategy == HubStrategy.CHECKPOINT
         place = "last-checkpoint" if last else Path(checkpoint).name
@@ -97,5 +100,5 @@ def push_sizes(
         revision=revision or args.hub_revision,
         run_as_future=cast(Any, not blocking),
         ignore_patterns=list(_left_out({*milestones, *folders_in(cast(str, args.output_dir))})),
-        delete_patterns=[FILE_NAME],
+        delete_patterns=_REPLACED,
     )

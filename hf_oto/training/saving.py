@@ -28,7 +28,7 @@ SHARDED_OPTIMIZER_NAMES = ("optimizer.bin", "optimizer_0")
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 # The code that travels with models of the pruned classes: a plain one that takes their place has none.
-_CODE = ("configuration_oto.py", "modeling_oto.py")
+CODE = ("configuration_oto.py", "modeling_oto.py")
 
 # A save whose files are all there, and on the way to their places; and what goes before the first of them moves.
 _WHOLE, _FILES, _GOES = f".model{UNFINISHED}whole", "files", "goes"
@@ -146,7 +146,7 @@ def _of_old_weights(files: Path, target: Path) -> list[str]:
         str(path.relative_to(target))
         for folder in sorted(folders)
         for path in sorted((target / folder).glob("*"))
-        if (_is_weights(path) or path.name in (FILE_NAME, *_CODE)) and not path.is_dir()
+        if (_is_weights(path) or path.name in (FILE_NAME, *CODE)) and not path.is_dir()
     ]
 
 

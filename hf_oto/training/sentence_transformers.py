@@ -176,13 +176,13 @@ class _PruningTrainer(OTOTrainer):
         line = re.compile(rf'model = {self.loading_class}\("(.*)"\)')
         upstreams = line.search(card.text)
         repo_id = self.hub_model_id or (upstreams[1] if upstreams else self._output_dir)
-        loading = f'model = {self.loading_class}("{repo_id}"{"" if self._is_plain else ", trust_remote_code=True"})'
+        loading = f'model = {self.loading_class}("{repo_id}"{"" if config.uniform else ", trust_remote_code=True"})'
         card.text = line.sub(lambda _: loading, card.text)
         section = card_section(
             summarize(self._part(), sequence_length=config.sequence_length, latency_table=config.latency_table),
             repo_id=repo_id,
             loading=f"from sentence_transformers import {self.loading_class}\n\n{loading}",
-            plain=self._is_plain,
+            plain=config.uniform,
             pictures=drawn if importlib.util.find_spec("matplotlib") else (),
             scores=logged[-1] if logged else None,
             dense_scores=dense_scores,

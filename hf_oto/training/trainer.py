@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..hspg.optimizer import HSPG
 from ..models.saved_names import own_names
 from ..models.sharding import gather, is_sharded
-from ..models.surgery import compress
+from ..models.surgery import compress, compress_evenly
 from ..report.card import save_figures
 from ..report.milestones import folder_name, folders_in
 from . import checkpoints, showing
@@ -116,7 +116,9 @@ class OTOTrainer(MilestonesTrainer):
     def compressed_model(self) -> PreTrainedModel | None:
         """
         The small model: a new one, cut out of the one in training and checked against it. Where that is sharded, every
-        rank has to call it, and only the first one gets the small model, on the CPU; the others get `None`.
+        rank has to call it, and only the first one gets the small model, on the CPU; the others get `None`. With
+        `uniform=True` it is of the family's own class at every step: on the way to a size, what is zero and more than
+        other blocks can spare stays in it.
 
         Raises:
             `ValueError`: The cut model does not compute what the one in training computes.
@@ -130,14 +132,8 @@ class OTOTrainer(MilestonesTrainer):
         model = gather(part) if is_sharded(part) else part
         if model is None:
             return None
-        return compress(
-            model, plain=self._is_plain, show_progress=not self.args.disable_tqdm and self.is_world_process_zero()
-        )
-
-    @property
-    def _is_plain(self) -> bool:
-        """Whether the small model is of its family's own class: on the way to a size its blocks may differ."""
-        return self.oto_config.uniform and self._at_a_size
+        show_progress = not self.args.disable_tqdm and self.is_world_process_zero()
+        return (compress_evenly if self.oto_config.uniform else compress)(model, show_progress=show_progress)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
@@ -239,7 +235,8 @@ class OTOTrainer(MilestonesTrainer):
         """
         if milestones and not self.oto_config.milestones:
             raise ValueError("`milestones`=True, and the run has none. Leave it out.")
-        if not self.oto_config.milestones and not folders_in(self._output_dir):  # such as those of an earlier run
+        config = self.oto_config
+        if not (config.milestones or config.uniform or folders_in(self._output_dir)):  # such as those of earlier runs
             return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token or self.args.hub_token
@@ -249,6 +246,9 @@ class OTOTrainer(MilestonesTrainer):
         if not self.is_world_process_zero():
             return None
         repo_id = cast(str, self.hub_model_id)
+        if own := getattr(self.model, "model_tags", None):  # as upstream: it asks the model for them here alone
+            given = kwargs.get("tags") or []
+            kwargs["tags"] = sorted({*([given] if isinstance(given, str) else given), *own})
         self.create_model_card(**{"model_name": repo_id.rpartition("/")[2], **kwargs})
         self._finish_current_push()
         return push_sizes(
@@ -280,7 +280,7 @@ class OTOTrainer(MilestonesTrainer):
                 self.oto_config,
                 self.state.log_history,
                 repo_id=self.hub_model_id or self._output_dir,
-                plain=self._is_plain,
+                plain=self.oto_config.uniform,
                 said=inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments,
                 dense_scores=dense_metrics,
                 sizes=self._sizes() if self._at_a_size else (),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import PreTrainedModel
 
 from ..hspg.optimizer import HSPG
 from ..models.groups import partition
+from ..models.surgery import evenly
 
 _REMEDY = (
     "Something beside the optimizer has written weights since: averages of weights that are copied in, a callback "
@@ -31,11 +33,14 @@ def check_size(small: PreTrainedModel, hspg: HSPG | None) -> None:
     """Refuse to save a small model that has more left than what was pruned from it."""
     if hspg is None:
         return
-    masks = hspg.zero_masks()
+    arrays, masks = hspg.partition.arrays, hspg.zero_masks()
+    none = {array: torch.zeros(array.count, dtype=torch.bool, device="cpu") for array in arrays}
+    kept = [~masks.get((array.layer, array.kind), none[array]) for array in arrays]
+    if hspg.config.uniform:
+        kept = evenly(hspg.partition, kept)
     expected, left = {"heads": 0, "neurons": 0}, {"heads": 0, "neurons": 0}
-    for array, cut in zip(hspg.partition.arrays, partition(small).arrays, strict=True):
-        gone = masks.get((array.layer, array.kind))
-        expected[array.kind] += array.count - (0 if gone is None else int(gone.sum()))
+    for array, keep, cut in zip(arrays, kept, partition(small).arrays, strict=True):
+        expected[array.kind] += int(keep.sum())
         left[array.kind] += cut.count
     if any(left[kind] > expected[kind] for kind in left):
         raise ValueError(

@@ -10,10 +10,11 @@ from families import ONE_EACH, batch, family_of, tiny_model, zero_uneven
 from squad_data import wordpiece
 from transformers import AutoConfig, AutoTokenizer
 
-from hf_oto import compress
+from hf_oto import compress, summarize
 from hf_oto.deploy import onnx_export, onnx_folder
 from hf_oto.deploy.onnx_folder import dense_config, export_folder
 from hf_oto.deploy.pooling import Pooling
+from hf_oto.report.card import card_section
 
 MODULES = ["Transformer", "Pooling", "Normalize"]
 
@@ -181,3 +182,19 @@ def test_the_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     with pytest.raises(FileExistsError, match="Choose another folder"):
         export_folder(small, tmp_path / "out", tmp_path / "small")
+
+
+def test_the_card_beside_it_tells_to_load_the_graph(tmp_path):
+    small = small_folder(tmp_path / "small", "BertForQuestionAnswering")
+    own = b"# Mine \xff\r\n\n"
+    lines = 'SentenceTransformer("me/it", trust_remote_code=True)\nCrossEncoder("me/it")\n'
+    section = card_section(summarize(small), repo_id="me/it")
+    (tmp_path / "small" / "README.md").write_bytes(own + (section + "## Rest\n\n" + lines).encode())
+    export_folder(small, tmp_path / "out", tmp_path / "small")
+    card = (tmp_path / "out" / "README.md").read_bytes()
+    assert card.startswith(own + section.partition("## How to load it")[0].encode())
+    told = card.removeprefix(own).decode().partition("## How to load it")[2]
+    assert 'InferenceSession("onnx/model.onnx")' in told and "from_pretrained" not in told and "trust" not in told
+    assert told.endswith(
+        '## Rest\n\nSentenceTransformer("me/it", backend="onnx")\nCrossEncoder("me/it", backend="onnx")\n'
+    )

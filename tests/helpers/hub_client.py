@@ -1,26 +1,27 @@
 """What a user does with the Hub, in a process of its own: started by a test, with `HF_ENDPOINT` set.
 
-`hub_client.py train STRATEGY REPO FOLDER`: OTOTrainer with pushes; `sizes REPO FOLDER`: it pushes milestones, too;
-`push REPO FOLDER`: the trained model's own
-`push_to_hub`; `pull REPO FILE [REVISION]`: load what is there, without hf_oto, and save its outputs; `cli …`:
-`hf-oto` itself.
+`hub_client.py train STRATEGY REPO FOLDER [uniform]`: OTOTrainer with pushes, in the plain form if asked for;
+`sizes REPO FOLDER`: it pushes milestones, too; `push REPO FOLDER`: the trained model's own `push_to_hub`;
+`pull REPO FILE [REVISION]`: load what is there, without hf_oto, and save its outputs; `cli …`: `hf-oto` itself.
 """
 
 import sys
+from dataclasses import replace
 
 import torch
 import transformers
 from safetensors.torch import save_file
 
 
-def train(strategy: str, repo: str, folder: str) -> None:
+def train(strategy: str, repo: str, folder: str, form: str = "") -> None:
     from families import outputs
-    from short_runs import make
+    from short_runs import CONFIG, make
     from squad_data import wordpiece
 
     tokenizer = wordpiece()
     trainer = make(
         folder,
+        config=replace(CONFIG, uniform=True, structures=("neurons",)) if form == "uniform" else CONFIG,
         extra={"processing_class": tokenizer},
         push_to_hub=True,
         hub_model_id=repo,

@@ -105,6 +105,36 @@ def test_the_card_says_what_was_removed_and_how_to_load_it(trained):
     assert text.index("## Compression") < text.index("## How to load it") < text.index("## Training procedure")
 
 
+class SharedHub(Hub):
+    """After every push, someone pushes the code of a model in the other form."""
+
+    pushes: list[tuple[str, dict[str, bytes]]] = []
+
+    def commit(self, name, branch, lines):
+        sha = super().commit(name, branch, lines)
+        pushed = self.commits(name, branch)[-1]
+        self.pushes.append((pushed["message"], dict(pushed["files"])))
+        pushed["files"] |= dict.fromkeys(CODE, b"")
+        return sha
+
+
+def test_the_plain_form_is_pushed_without_code_and_takes_away_that_of_a_model_before(tmp_path):
+    """On the way, too, when the blocks do not have as many zeros yet."""
+    with SharedHub() as hub:
+        client(hub, tmp_path / "home", "train", "every_save", "me/small", tmp_path / "run", "uniform")
+        steps = [f"Training in progress, step {step}" for step in (8, 16, 24)]
+        assert [message for message, _ in hub.pushes if message.startswith("Training")] == steps
+        assert hub.pushes[-1][0] == "End of training"
+        for message, files in hub.pushes:
+            config = json.loads(files["config.json"])
+            assert config["model_type"] == "bert" and "auto_map" not in config and not CODE & set(files), message
+        assert "trust_remote_code" not in files["README.md"].decode()
+        done = client(hub, tmp_path / "home", "pull", "me/small", tmp_path / "outputs")
+    assert done.stdout.split()[0] == "BertForQuestionAnswering"
+    found, expected = load_file(tmp_path / "outputs"), load_file(tmp_path / "run.outputs")
+    assert all(bool((found[key] == expected[key]).all()) for key in expected)
+
+
 def test_milestones_are_pushed_to_branches_where_asked_for(tmp_path):
     """And those of an earlier run stay where they are."""
     (tmp_path / "run" / "0.20").mkdir(parents=True)
