@@ -226,7 +226,7 @@ def run(
         else None,
     }
     kind, extra = trainer_class(compression) if training.do_train else (QuestionAnsweringTrainer, {})
-    trainer = kind(model=model, train_dataset=windows.get("train"), **common, **extra)
+    trainer = trained_by = kind(model=model, train_dataset=windows.get("train"), **common, **extra)
     results = Results(training.output_dir, enabled=training.should_save)
     if training.do_train:
         if data.overwrite_output_dir and checkpoint is None and training.should_save:
@@ -247,10 +247,20 @@ def run(
             if training.do_eval:
                 results.add("zeroed", zeroed)
     if training.do_eval:
-        results.add("eval", {**trainer.evaluate(), "eval_samples": len(windows["eval"])})
+        scores = trainer.evaluate()
+        results.add("eval", {**scores, "eval_samples": len(windows["eval"])})
+        if trainer is not trained_by:
+            trained_by.log(scores)  # for its card
     if training.do_predict:
         results.add("test", {**trainer.predict(windows["test"]).metrics, "test_samples": len(windows["test"])})
     results.add("model", size(model, data.max_seq_length))
+    if training.do_train and not trained_by.is_fsdp_enabled:
+        tell = trained_by.push_to_hub if training.push_to_hub else trained_by.create_model_card
+        tell(
+            tasks="question-answering",
+            dataset=data.dataset_name or Path(str(data.train_file)).name,
+            dataset_tags=data.dataset_name or [],  # else the card names what made the windows: "generator"
+        )
     for name, value in results.all.items():
         logger.info("%s = %s", name, value)
     return results.all

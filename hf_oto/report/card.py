@@ -103,15 +103,20 @@ def card_section(
         pictures (`Sequence[str]`, *optional*):
             Those of `"layers"`, `"run"` and `"milestones"` that lie beside the card, as [`save_figures`] writes them.
         scores, dense_scores (`Mapping[str, float]`, *optional*):
-            Metrics of the model, and those of the dense one to be put beside them, by name.
+            Metrics of the model, and those of the dense one to be put beside them, by name. Without those the
+            model's are told alone, if [`Trainer`] does not: it lists what was evaluated with a loss.
         sizes (`Sequence[Size]`, *optional*): All that the run has finished, this one last.
 
     Returns:
         `str`: Markdown.
     """
-    beside = {name: value for name, value in (scores or {}).items() if name in (dense_scores or {})}
-    rows = [f"| {name} | {(dense_scores or {})[name]:.4g} | {value:.4g} |" for name, value in beside.items()]
-    table = "\n".join(["| | dense | this model |", "| --- | --- | --- |", *rows]) + "\n\n" if rows else ""
+    found, dense = counted(scores or {}), dense_scores or {}
+    rows = [f"| {name} | {dense[name]:.4g} | {value:.4g} |" for name, value in found.items() if name in dense]
+    head = ["| | dense | this model |", "| --- | --- | --- |"]
+    if not rows and "eval_loss" not in found:  # upstream lists them beside a loss alone
+        rows = [f"| {name} | {value:.4g} |" for name, value in found.items()]
+        head = ["| | this model |", "| --- | --- |"]
+    table = "\n".join([*head, *rows]) + "\n\n" if rows else ""
     layers = f"![{CAPTIONS['layers']}](layers.png)\n\n" if "layers" in pictures else ""
     run = f"![{CAPTIONS['run']}](run.png)\n\n" if "run" in pictures else ""
     trusting = "" if plain else _TRUSTING

@@ -184,7 +184,7 @@ class _PruningTrainer(OTOTrainer):
             loading=f"from sentence_transformers import {self.loading_class}\n\n{loading}",
             plain=config.uniform,
             pictures=drawn if importlib.util.find_spec("matplotlib") else (),
-            scores=logged[-1] if logged else None,
+            scores=logged[-1] if logged and dense_scores else None,  # upstream tells them all
             dense_scores=dense_scores,
             sizes=sizes,
         )

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from qa_trainer import QuestionAnsweringTrainer
 from run_squad import METRIC, main
 from safetensors.torch import load_file
@@ -313,6 +314,9 @@ def test_compressed_training_leaves_a_small_model_that_scores_as_the_zeroed_one(
             assert one["start_logit"] == pytest.approx(other["start_logit"], abs=1e-4)
             assert one["end_logit"] == pytest.approx(other["end_logit"], abs=1e-4)
 
+    card = ModelCard.load(out / "README.md")
+    assert "## Compression" in card.text and "on the train.json dataset" in card.text and not card.data.datasets
+    assert f"| eval_f1 | {results['eval_f1']:.4g} |" in card.text
     config = read(out / "config.json")
     assert config["model_type"] == "oto_bert"
     model = AutoModelForQuestionAnswering.from_pretrained(out)
