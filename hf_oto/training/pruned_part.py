@@ -36,7 +36,7 @@ def find_part(model: nn.Module) -> PreTrainedModel:
     if getattr(model, "peft_config", None):
         raise ValueError(
             "`model` has adapters of peft, and what is pruned are the weights below them. Prune the model itself, or "
-            "what `merge_and_unload` returns; adapters can be added to the small model."
+            "what `merge_and_unload().requires_grad_()` returns; adapters can be added to the small model."
         )
     if hasattr(model, "_orig_mod"):
         raise ValueError(
