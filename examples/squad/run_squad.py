@@ -250,7 +250,8 @@ def run(
         scores = trainer.evaluate()
         results.add("eval", {**scores, "eval_samples": len(windows["eval"])})
         if trainer is not trained_by:
-            trained_by.log(scores)  # for its card
+            # For its card; logged they were.
+            trained_by.state.log_history.append({**scores, "step": trained_by.state.global_step})
     if training.do_predict:
         results.add("test", {**trainer.predict(windows["test"]).metrics, "test_samples": len(windows["test"])})
     results.add("model", size(model, data.max_seq_length))
