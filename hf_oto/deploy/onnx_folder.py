@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def export_folder(
         made = folder / "model"
         (made / "onnx").mkdir(parents=True)
         copy_beside_weights(source, made)
-        rewrite(made / "README.md", as_onnx)
+        rewrite(made / "README.md", functools.partial(as_onnx, pooled=pooling is not None))
         _complete_tokenizer(source, made)
         values = {**dense_config(model.config), "architectures": [type(model).__name__.removeprefix("OTO")]}
         (made / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -61,9 +61,11 @@ def as_plain(card: str) -> str:
     return _with_loading(card, lambda found: found.replace(_TRUSTING, "").replace(_WITH_CODE, _WITHOUT_CODE))
 
 
-def as_onnx(card: str) -> str:
-    """A card that tells to load `onnx/model.onnx`, where it tells to load weights."""
-    return _BY_WEIGHTS.sub(r'\1(\2, backend="onnx")', _with_loading(card, lambda _: _WITH_ONNX))
+def as_onnx(card: str, *, pooled: bool = False) -> str:
+    """A card that tells to load `onnx/model.onnx`, where it tells to load weights; sentence-transformers pool by
+    themselves, and cannot read one that is `pooled` inside."""
+    found = _with_loading(card, lambda _: _WITH_ONNX)
+    return found if pooled else _BY_WEIGHTS.sub(r'\1(\2, backend="onnx")', found)
 
 
 def rewrite(card: Path, to: Callable[[str], str]) -> None:

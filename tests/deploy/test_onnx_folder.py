@@ -14,7 +14,7 @@ from hf_oto import compress, summarize
 from hf_oto.deploy import onnx_export, onnx_folder
 from hf_oto.deploy.onnx_folder import dense_config, export_folder
 from hf_oto.deploy.pooling import Pooling
-from hf_oto.report.card import card_section
+from hf_oto.report.card import as_onnx, card_section
 
 MODULES = ["Transformer", "Pooling", "Normalize"]
 
@@ -198,3 +198,5 @@ def test_the_card_beside_it_tells_to_load_the_graph(tmp_path):
     assert told.endswith(
         '## Rest\n\nSentenceTransformer("me/it", backend="onnx")\nCrossEncoder("me/it", backend="onnx")\n'
     )
+    pooled = as_onnx(section + "## Rest\n\n" + lines, pooled=True)
+    assert pooled.endswith("## Rest\n\n" + lines) and 'InferenceSession("onnx/model.onnx")' in pooled

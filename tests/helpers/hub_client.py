@@ -34,6 +34,7 @@ def train(strategy: str, repo: str, folder: str, form: str = "") -> None:
         eval_strategy="steps",
         eval_steps=8,
     )
+    trainer.model.add_model_tags(["of-mine"])
     trainer.train()
     trainer.push_to_hub(
         dense_metrics={"eval_loss": 1.25}, tasks="question-answering", dataset="SQuAD", dataset_tags="squad"

@@ -108,7 +108,9 @@ def test_the_card_says_what_was_removed_and_how_to_load_it(trained):
 class SharedHub(Hub):
     """After every push, someone pushes the code of a model in the other form."""
 
-    pushes: list[tuple[str, dict[str, bytes]]] = []
+    def __init__(self):
+        super().__init__()
+        self.pushes = []
 
     def commit(self, name, branch, lines):
         sha = super().commit(name, branch, lines)
@@ -128,7 +130,8 @@ def test_the_plain_form_is_pushed_without_code_and_takes_away_that_of_a_model_be
         for message, files in hub.pushes:
             config = json.loads(files["config.json"])
             assert config["model_type"] == "bert" and "auto_map" not in config and not CODE & set(files), message
-        assert "trust_remote_code" not in files["README.md"].decode()
+        card = files["README.md"].decode()
+        assert "trust_remote_code" not in card and "of-mine" in ModelCard(card).data.tags
         done = client(hub, tmp_path / "home", "pull", "me/small", tmp_path / "outputs")
     assert done.stdout.split()[0] == "BertForQuestionAnswering"
     found, expected = load_file(tmp_path / "outputs"), load_file(tmp_path / "run.outputs")
