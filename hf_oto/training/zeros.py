@@ -34,8 +34,10 @@ def check_size(small: PreTrainedModel, hspg: HSPG | None) -> None:
     if hspg is None:
         return
     arrays, masks = hspg.partition.arrays, hspg.zero_masks()
-    none = {array: torch.zeros(array.count, dtype=torch.bool, device="cpu") for array in arrays}
-    kept = [~masks.get((array.layer, array.kind), none[array]) for array in arrays]
+    kept = [torch.ones(array.count, dtype=torch.bool, device="cpu") for array in arrays]
+    for array, keep in zip(arrays, kept, strict=True):
+        if (place := (array.layer, array.kind)) in masks:
+            keep &= ~masks[place]
     if hspg.config.uniform:
         kept = evenly(hspg.partition, kept)
     expected, left = {"heads": 0, "neurons": 0}, {"heads": 0, "neurons": 0}
