@@ -19,7 +19,7 @@ from ..report.milestones import Size, folder_name, sizes_picture
 from ..report.summary import summarize
 from .checkpoints import CheckpointingTrainer, name_of
 from .pruning import PruningTrainer
-from .refusals import check_metric, check_writable
+from .refusals import check_writable
 from .saving import check_places, replacing
 
 logger = logging.get_logger(__name__)
@@ -84,7 +84,7 @@ class MilestonesTrainer(PruningTrainer, CheckpointingTrainer):
             logs = self.control.should_log  # which an evaluation takes for done
             metrics = self._evaluate(trial, ignore_keys)
             if self.args.eval_strategy != IntervalStrategy.NO:
-                check_metric(metrics, self.args.metric_for_best_model)
+                self._check_metric(metrics)
             self.control.should_log, self.control.should_evaluate = logs, False
         with self._best_weights(share):
             self._save_small(str(self._milestone_folder(share)))
@@ -129,7 +129,7 @@ class MilestonesTrainer(PruningTrainer, CheckpointingTrainer):
         reached = None if self.hspg is None else self.hspg.milestone_reached
         if self._at_target or reached is None:
             return super()._determine_best_metric(metrics, trial)
-        check_metric(metrics, self.args.metric_for_best_model)
+        self._check_metric(metrics)
         return self._best_step(reached) == self.state.global_step  # `state` knows one best model: the target's
 
     def _best_checkpoint(self, run: Path) -> str | None:

@@ -55,6 +55,8 @@ class PruningTrainer(TaughtTrainer):
         oto_config ([`OTOConfig`], *optional*): The settings of the compression; all defaults if `None`.
     """
 
+    _metric_remedy = "let `compute_metrics` return it"  # what gives an evaluation another metric
+
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | None = None,
@@ -315,8 +317,11 @@ class PruningTrainer(TaughtTrainer):
         """Whether the model is as small as the target or a milestone asks for, no more groups and no fewer."""
         return self._at_target or cast(HSPG, self.hspg).milestone_reached is not None
 
+    def _check_metric(self, metrics: Mapping[str, float]) -> None:
+        check_metric(metrics, self.args.metric_for_best_model, self._metric_remedy)
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        check_metric(metrics, self.args.metric_for_best_model)
+        self._check_metric(metrics)
         return self._at_target and super()._determine_best_metric(metrics, trial)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:

@@ -157,13 +157,20 @@ def check_gradients(norm: Any, loss: Any, step: int, output_dir: str) -> None:
         )
 
 
-def check_metric(metrics: Mapping[str, Any], name: str | None) -> None:
-    """Refuse a metric that an evaluation does not give, at the first one and not only where it counts."""
+def check_metric(metrics: Mapping[str, Any], name: str | None, remedy: str) -> None:
+    """
+    Refuse a metric that an evaluation does not give, at the first one and not only where it counts.
+
+    Args:
+        metrics (`Mapping[str, Any]`): Of the evaluation.
+        name (`str`, *optional*): Of the metric, with or without its prefix.
+        remedy (`str`): What makes the Trainer at hand give it.
+    """
     name = name if name is None or name.startswith("eval_") else f"eval_{name}"
     if name is not None and name not in metrics:
         raise KeyError(
             f"`metric_for_best_model`={name!r} is not among what the evaluation gives: {', '.join(metrics)}. Name one "
-            f"of these, or let `compute_metrics` return it."
+            f"of these, or {remedy}."
         )
 
 

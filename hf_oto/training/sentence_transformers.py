@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ from ..report.card import CAPTIONS, card_section
 from ..report.milestones import sizes_picture
 from ..report.pictures import training_entries
 from ..report.summary import summarize
+from .checkpoints import name_of
 from .trainer import OTOTrainer
 
 try:
@@ -38,6 +42,9 @@ except ImportError as error:
 # What a checkpoint holds of the losses: upstream keeps the model alone, with which such a run would go on otherwise.
 _LOSS = "loss.safetensors"
 
+# And of whole models in them, such as a guide, which as a rule stay as they are: then all checkpoints share one file.
+_LOSS_MODELS = "loss_models.safetensors"
+
 # Before what the compression stands in upstream's cards.
 _TRAINING = "## Training Details"
 
@@ -49,6 +56,7 @@ class _PruningTrainer(OTOTrainer):
     evaluator: Any
     loading_class = ""
     model_class: Any  # upstream's: what it trains
+    _metric_remedy = "let an `evaluator` return it; 'eval_loss' takes an `eval_dataset`"
 
     def __init__(
         self,
@@ -119,21 +127,21 @@ class _PruningTrainer(OTOTrainer):
 
     def _load_weights(self, checkpoint: str, model: nn.Module | None) -> None:
         super()._load_weights(checkpoint, model)
-        mine = self._loss_tensors()
+        mine, paths = self._loss_tensors(), [Path(checkpoint, name) for name in (_LOSS, _LOSS_MODELS)]
         if not mine:
             return
-        path = Path(checkpoint, _LOSS)
-        if not path.is_file():
+        remedy = "Resume with the loss that the run began with."
+        saved = {name: tensor for path in paths if path.is_file() for name, tensor in load_file(path).items()}
+        if not saved:
             raise ValueError(
-                f"{checkpoint} lacks {_LOSS}, and the loss has weights of its own ({', '.join(mine)}). Resume with "
-                f"the loss that the run began with."
+                f"{checkpoint} lacks {_LOSS}, and `loss` has weights of its own ({next(iter(mine))!r}, …). {remedy}"
             )
-        saved = load_file(path)
-        if {name: list(tensor.shape) for name, tensor in saved.items()} != {n: list(p.shape) for n, p in mine.items()}:
-            raise ValueError(
-                f"{path} holds {', '.join(saved)}, the loss has {', '.join(mine)} or these in other shapes. Resume "
-                f"with the loss that the run began with."
-            )
+        for name in (*mine, *saved):
+            here, there = (list(held[name].shape) if name in held else "missing" for held in (mine, saved))
+            if here != there:
+                raise ValueError(
+                    f"{checkpoint} is of another loss: {name!r} is {there} there and {here} in `loss`. {remedy}"
+                )
         for name, tensor in mine.items():
             tensor.data.copy_(saved[name])
 
@@ -152,8 +160,29 @@ class _PruningTrainer(OTOTrainer):
         _share_code(folder)
         if self._checkpoints_folder is None:
             self._complete_card(folder)
-        elif tensors := self._loss_tensors():
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / _LOSS)
+        else:
+            self._save_losses(folder)
+
+    def _save_losses(self, folder: Path) -> None:
+        """Save what the losses hold beside the model into a checkpoint."""
+        models = [
+            module
+            for loss in self._losses().values()
+            for module in loss.modules()
+            if isinstance(module, (self.model_class, PreTrainedModel))
+        ]
+        of_models = {tensor for model in models for tensor in model.state_dict(keep_vars=True).values()}
+        files: dict[str, dict[str, Tensor]] = {_LOSS: {}, _LOSS_MODELS: {}}
+        for name, tensor in self._loss_tensors().items():
+            files[_LOSS_MODELS if tensor in of_models else _LOSS][name] = tensor.detach().contiguous()
+        earlier = folder.parents[1] / name_of(self._newest_checkpoint) / _LOSS_MODELS
+        if _holds(earlier, files[_LOSS_MODELS]):
+            with suppress(OSError):  # not every file system has links
+                os.link(earlier, folder / _LOSS_MODELS)
+                del files[_LOSS_MODELS]
+        for name, tensors in files.items():
+            if tensors:
+                save_file(tensors, folder / name)
 
     def create_model_card(self, *args: Any, dense_metrics: Mapping[str, float] | None = None, **kwargs: Any) -> None:
         """As upstream's, with what was removed, what every layer kept and how to load the model."""
@@ -192,6 +221,16 @@ class _PruningTrainer(OTOTrainer):
         card.text = before + section + heading + rest
         card.data.tags = sorted({*(card.data.tags or []), "hf-oto", "pruned"})
         card.save(path)
+
+
+def _holds(path: Path, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file holds these tensors and no others."""
+    if not path.is_file():
+        return False
+    saved = load_file(path)
+    if {name: tensor.dtype for name, tensor in saved.items()} != {name: t.dtype for name, t in tensors.items()}:
+        return False
+    return all(torch.equal(saved[name], tensor.cpu()) for name, tensor in tensors.items())
 
 
 def _share_code(folder: Path) -> None:

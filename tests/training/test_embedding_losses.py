@@ -1,5 +1,6 @@
 """What losses of sentence-transformers hold beside the model, and what a trainer says of a wrong model or loss."""
 
+import os
 import re
 
 import pytest
@@ -19,6 +20,7 @@ from embedding_runs import (
     scored,
     splade,
 )
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
@@ -30,7 +32,7 @@ from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesR
 from short_runs import StopAt
 from short_runs import make as make_short
 from torch import nn
-from transformers import BertModel
+from transformers import BertModel, TrainerCallback
 
 from hf_oto import OTOConfig, OTOSentenceTransformerTrainer
 from hf_oto.models.modeling_oto import PrunedModel
@@ -94,6 +96,46 @@ def test_a_guide_of_a_loss_does_not_keep_a_model_from_shrinking(tmp_path):
     assert (guide.encode(QUESTIONS[:4]) == before).all()
 
 
+def test_checkpoints_share_a_guide_that_stays_as_it_is(tmp_path):
+    def start(shift):
+        model, guide = embedder(tmp_path / "encoder"), embedder(tmp_path / "guide")
+        guide[2].linear.bias.data.add_(shift)
+        saves = {"save_strategy": "steps", "save_steps": 4}
+        return make(tmp_path / "run", model, pairs(), losses.GISTEmbedLoss(model, guide), **saves)
+
+    whole = start(0.0)
+    whole.train()
+    guides = [tmp_path / "run" / f"checkpoint-{step}" / "loss_models.safetensors" for step in (4, 8, 12, 16)]
+    assert all(guide.samefile(guides[0]) for guide in guides)
+    assert not (guides[0].parent / "loss.safetensors").exists()
+    # It is the one of the run, whatever the script that resumes has.
+    resumed = start(1.0)
+    resumed.train(resume_from_checkpoint=str(guides[1].parent))
+    mine, expected = resumed.loss.state_dict(), whole.loss.state_dict()
+    assert all(torch.equal(mine[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("case", ["changes", "no links"])
+def test_a_guide_is_written_anew_where_it_has_to_be(case, tmp_path, monkeypatch):
+    if case == "no links":
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("not supported")))
+    model, guide = embedder(tmp_path / "encoder"), embedder(tmp_path / "guide")
+    values = []
+
+    class Changes(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if case == "changes":
+                guide[2].linear.bias.data.add_(1.0)
+            values.append(guide[2].linear.bias.detach().clone())
+
+    extra = {"callbacks": [Changes()]}
+    loss = losses.GISTEmbedLoss(model, guide)
+    make(tmp_path / "run", model, pairs(), loss, extra=extra, save_strategy="steps", save_steps=8).train()
+    for step in (8, 16):
+        saved = load_file(tmp_path / "run" / f"checkpoint-{step}" / "loss_models.safetensors")
+        assert torch.equal(saved["loss..guide.2.linear.bias"], values[step - 1])
+
+
 def test_a_loss_over_another_model_is_refused(tmp_path):
     model, other = embedder(tmp_path / "encoder"), embedder(tmp_path / "other")
     given = {"scored": losses.CoSENTLoss(model), "pairs": losses.MultipleNegativesRankingLoss(other)}
@@ -139,7 +181,8 @@ def test_a_metric_that_no_evaluation_has_is_refused_by_the_first_one(tmp_path):
     best = {"load_best_model_at_end": True, "metric_for_best_model": "spearman_cosine"}
     given = {"extra": {"evaluator": named}, **evaluates, **best}
     trainer = make(tmp_path / "run", model, rows, losses.CoSENTLoss(model), **given)
-    with pytest.raises(KeyError, match="eval_spearman_cosine.*not among.*eval_dev_spearman_cosine"):
+    refused = "eval_spearman_cosine.*not among.*eval_dev_spearman_cosine.*let an `evaluator` return it"
+    with pytest.raises(KeyError, match=refused):
         trainer.train()
     assert trainer.state.global_step == 2  # long before the target, where it is asked for
 
