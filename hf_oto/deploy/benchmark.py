@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..models.example_inputs import example_batch, longest_input
+from ..models.example_inputs import longest_input, unpadded_batch
 from ..report.summary import summarize
 from .onnx_export import check_packages, export_onnx, inference_session
 from .threads import using_threads
@@ -157,7 +157,7 @@ def _measurements(
             )
             for length in sequence_lengths:
                 for batch_size in batch_sizes:
-                    batches = [_batch(model, batch_size, length) for model in models]
+                    batches = [unpadded_batch(model, batch_size, length) for model in models]
                     runs = sessions or [_runner(model, backend) for model in models]
                     times, method = _timed(runs, batches, models[0].device, repeats, warmup)
                     dense, pruned = (_latency(own) for own in times)
@@ -174,11 +174,6 @@ def _measurements(
                         pruned=pruned,
                         macs_ratio=before / after if after else float("inf"),
                     )
-
-
-def _batch(model: PreTrainedModel, batch_size: int, length: int) -> dict[str, Tensor]:
-    batch = example_batch(model, batch_size, length, padded=False)
-    return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 def _sessions(models: Sequence[PreTrainedModel], threads: int, stack: ExitStack, *, int8: bool) -> list[Run]:

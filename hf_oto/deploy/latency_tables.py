@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..config import LatencyTable
 from ..models.configuration_oto import BLOCK_SPECS, PRUNED_PREFIX
-from ..models.example_inputs import example_batch, longest_input
+from ..models.example_inputs import longest_input, unpadded_batch
 from ..models.groups import Partition, partition
 from ..models.sharding import is_sharded
 from ..models.surgery import keep_groups
@@ -95,7 +95,7 @@ def measure_latency(
                 f"`cpu_time` is for `threads`=1 on the CPU, got {number} threads on {device.type}: only there it is "
                 f"the time that would pass."
             )
-        sizes, batch = _sizes(groups), example_batch(model, batch_size, sequence_length, padded=False)
+        sizes, batch = _sizes(groups), unpadded_batch(model, batch_size, sequence_length)
         flat, method = [size for chunk in sizes for size in chunk], CLOCK
         if device.type == "cpu":
             clock = time.thread_time_ns if cpu_time else time.perf_counter_ns
@@ -103,8 +103,7 @@ def measure_latency(
             times, rests = _timed([_Stopwatch(each, groups, clock) for each in models], batch, repeats, warmup)
         else:
             flat, rests = sorted(set(flat)), [0.0]  # what is no block is in the blocks' rest
-            there = {name: tensor.to(device) for name, tensor in batch.items()}
-            times, method = _timed_alone(model, groups, flat, there, repeats, warmup)
+            times, method = _timed_alone(model, groups, flat, batch, repeats, warmup)
     heads, neurons, rest = _curves(groups, flat, times)
     total = statistics.median(rests) + groups.num_layers * (rest + heads[-1][1] + neurons[-1][1])
     return LatencyTable(

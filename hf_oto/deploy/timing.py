@@ -7,7 +7,9 @@ CUDA graph, or overlaps with their work.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -46,19 +48,29 @@ class Timer:
         self._module: Any = torch.get_device_module(device)
         if hasattr(self._module, "Event"):
             self.method, self._calls = EVENTS, _IN_A_ROW
-        graph = _recorded(call) if graphs and device.type == "cuda" else None
+        with self._there():
+            graph = _recorded(call) if graphs and device.type == "cuda" else None
         if graph is not None:
             self.method, self._call = GRAPH, graph.replay
 
+    def _there(self) -> Any:
+        """With the device as the current one: streams, events and waits are of that, wherever the tensors are."""
+        return self._module.device(self._device) if hasattr(self._module, "device") else nullcontext()
+
     def __call__(self) -> float:
-        if self.method == CLOCK:
-            if self._device.type != "cpu":
-                self._module.synchronize()
-            start = time.perf_counter()
-            self._call()
-            if self._device.type != "cpu":
-                self._module.synchronize()
-            return 1000 * (time.perf_counter() - start)
+        if self._device.type == "cpu":
+            return self._by_clock(lambda: None)
+        with self._there():
+            return self._by_clock(self._module.synchronize) if self.method == CLOCK else self._by_events()
+
+    def _by_clock(self, synchronize: Callable[[], Any]) -> float:
+        synchronize()
+        start = time.perf_counter()
+        self._call()
+        synchronize()
+        return 1000 * (time.perf_counter() - start)
+
+    def _by_events(self) -> float:
         events = [self._module.Event(enable_timing=True) for _ in range(2)]
         events[0].record()
         for _ in range(self._calls):
@@ -70,23 +82,42 @@ class Timer:
 
 def _recorded(call: Callable[[], Any]) -> Any:
     """A CUDA graph of a call; `None`, with a warning, where it does what cannot be recorded, such as to wait."""
+    before = torch.cuda.current_stream()
     try:
         stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_stream(before)
         with torch.cuda.stream(stream):
             for _ in range(3):
                 call()
-        torch.cuda.current_stream().wait_stream(stream)
+            # A recording that fails leaves torch's random numbers and its memory in a state that a training after it
+            # would stumble over: what waits is found before there is one.
+            with _refusing_waits():
+                call()
+        before.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):  # its own would be of the device that it was first used on
             call()
         return graph
     except RuntimeError as error:
+        torch.cuda.set_stream(before)  # which a recording that fails does not give back
         torch.cuda.synchronize()
         logger.warning(
             f"No CUDA graph can be made of the forward, it is timed by events: {str(error).splitlines()[0]}"
         )
         return None
+
+
+@contextmanager
+def _refusing_waits() -> Iterator[None]:
+    """What waits for the device raises a `RuntimeError`, as far as torch sees it; then all is as before."""
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says of itself that it does not see all
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def device_name(device: torch.device) -> str:

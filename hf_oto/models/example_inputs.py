@@ -59,6 +59,17 @@ def example_batch(
     return batch
 
 
+def unpadded_batch(model: PreTrainedModel, batch_size: int, length: int) -> dict[str, Tensor]:
+    """
+    [`example_batch`] without padding, where the model is. On an accelerator no mask says so: in every forward the host
+    would wait for the device to tell that it masks nothing. DeBERTa-v2 would look at the tokens instead.
+    """
+    batch = example_batch(model, batch_size, length, padded=False)
+    if model.device.type != "cpu" and dense_model_type(model.config.model_type) != "deberta-v2":
+        del batch["attention_mask"]
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
 def longest_input(model: PreTrainedModel) -> int:
     """Tokens that a model reads at once."""
     check_tokens(type(model))

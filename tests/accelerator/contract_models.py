@@ -9,10 +9,11 @@ import pytest
 import torch
 from families import EVERY, MODELS, ONE_EACH, OTHERS, batch, counts, squares, tiny_model, training_batch, zero_uneven
 from squad_data import byte_bpe, make_questions, wordpiece
+from waiting import waits
 
 from hf_oto import HSPG, OTOConfig, QuestionAnswerer, compress, measure_latency, partition, shrink, summarize
 from hf_oto.config import LatencyTable
-from hf_oto.deploy import timing
+from hf_oto.deploy import benchmark, latency_tables, timing
 from hf_oto.deploy.benchmark import measure
 from hf_oto.deploy.timing import device_name
 from hf_oto.models import surgery
@@ -140,23 +141,42 @@ def test_answers_are_those_of_the_cpu(name, device):
 METHODS = {"cpu": "clock", "cuda": "CUDA graph"}
 
 
-@pytest.mark.parametrize("name", EVERY[:1])
-def test_two_models_are_timed_where_they_are(name, device, monkeypatch):
+@pytest.fixture
+def waited(monkeypatch):
+    """What the host waits for inside of what is timed, its end apart: meanwhile it has to get ahead of the device."""
+    found = []
+
+    class Watched(timing.Timer):
+        def __call__(self):
+            with waits(self._device) as noted:
+                taken = super().__call__()
+            found.extend(one for one in noted if one != "synchronize")
+            return taken
+
+    for module in (benchmark, latency_tables):
+        monkeypatch.setattr(module, "Timer", Watched)
     monkeypatch.setattr(timing, "_IN_A_ROW", 2)
+    return found
+
+
+@pytest.mark.parametrize("name", EVERY[:1])
+def test_two_models_are_timed_where_they_are(name, device, waited):
     models = [tiny_model(name, intermediate_size=width).to(device) for width in (24, 8)]
     (found,) = measure(*models, sequence_lengths=(8,), repeats=2, warmup=1)
     assert found.method == METHODS.get(device.type, "device events") and found.device == device_name(device)
-    assert found.dense.median > 0 and found.pruned.median > 0 and found.macs_ratio > 1
+    assert found.dense.median > 0 and found.pruned.median > 0 and found.macs_ratio > 1 and waited == []
     if device.type != "cpu":
         with pytest.raises(ValueError, match="of ONNX are timed on the CPU, got models on"):
             measure(*models, backends=("onnx",), sequence_lengths=(8,))
 
 
 @pytest.mark.parametrize("name", READING)
-def test_latencies_are_measured_where_the_model_is(name, device, monkeypatch):
-    monkeypatch.setattr(timing, "_IN_A_ROW", 2)
+def test_latencies_are_measured_where_the_model_is(name, device, waited):
     model = tiny_model(name, num_hidden_layers=1).to(device)
     table = measure_latency(model, sequence_length=8, repeats=1, warmup=1)
     assert table.device == device_name(device) and table.total > table.num_layers * table.neurons[-1][1] > 0
-    assert table.method == METHODS.get(device.type, "device events")
+    # Some releases of Transformers make MPNet's positions on the CPU, in every forward.
+    waits_itself = name.startswith("MPNet") and waited != []
+    assert table.method == ("device events" if waits_itself else METHODS.get(device.type, "device events"))
+    assert waited == [] or waits_itself
     assert LatencyTable.from_dict(table.to_dict()) == table

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import gc
 import io
-import warnings
 import weakref
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from contract_models import CONFIG, STEPS, gradients
 from families import counts, made_table, tiny_model
 from transformers import Adafactor, TrainingArguments
+from waiting import waits
 
 from hf_oto import HSPG, OTOConfig, OTOTrainer, compress, partition, shrink
 from hf_oto.config import LatencyTable
@@ -147,26 +147,6 @@ def test_defaults_of_device_and_precision_change_nothing(name, device):
 
 
 # What the host waits for.
-
-
-@contextlib.contextmanager
-def waits(device):
-    """How often the host waits for the device meanwhile: the list has an entry for each."""
-    if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as noted:
-                warnings.simplefilter("always")
-                yield noted
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    elif device.type == "cpu":
-        yield []
-    else:
-        import accelerator
-
-        with accelerator.waits() as noted:
-            yield noted
 
 
 def is_ordinary(optimizer):

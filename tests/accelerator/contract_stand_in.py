@@ -52,6 +52,7 @@ def test_what_the_host_waits_for_is_noted(device):
         torch.zeros(3, device=device).add_(1).mul(there[:3]).sum()
         torch.where(there > 1, there, 0.0)
         there.add_(torch.tensor(0.0)).copy_(HERE, non_blocking=True)
+        torch.tensor([], device=device)
     assert none == []
     for waiting in (
         lambda: there.sum().item(),

@@ -205,6 +205,8 @@ def _waits(operation: Any, args: Any, kwargs: dict[str, Any], away: bool) -> boo
     if operation in _COPIES:
         source = args[1 if operation is aten.copy_ else 0]
         target = isinstance(args[0], StandIn) if operation is aten.copy_ else not away
+        if not source.numel():  # nothing goes anywhere
+            return False
         if isinstance(source, StandIn):
             return not target
         # Memory that is not pinned is copied while the host waits; a number goes along with a launch.
