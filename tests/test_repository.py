@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from torch.utils._device import _device_constructors
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,9 +41,10 @@ def test_ci_tries_the_oldest_and_the_newest_of_what_is_supported():
 
 # What makes tensors of nothing. Without a device and a precision they take those that the user has set for their own:
 # `torch.set_default_device`, `torch.set_default_dtype`, or a device as context.
-FACTORIES = {"arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm"}
-FACTORIES |= {"tensor", "zeros"}
-FLOATING = {"empty", "eye", "linspace", "ones", "rand", "randn", "zeros"}  # unless told otherwise
+FACTORIES = {made.__name__ for made in _device_constructors()}
+# Without a precision these make integers, or what the numbers are that they are given; all others floating-point ones.
+INTEGERS = {"arange", "as_tensor", "asarray", "randint", "randperm", "tensor", "tril_indices", "triu_indices"}
+FLOATING = FACTORIES - INTEGERS
 # Modules are made where, and in what, their model is.
 OF_MODULES = {"modeling_oto.py"}
 
@@ -68,7 +70,10 @@ def test_no_tensor_is_made_where_the_user_makes_theirs(path):
         assert undecided(path.read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.parametrize("source", ["torch.arange(3)", "torch.zeros(3, device='cpu')", "x = 1\ntorch.tensor([x])"])
+@pytest.mark.parametrize(
+    "source",
+    ["torch.arange(3)", "torch.zeros(3, device='cpu')", "x = 1\ntorch.tensor([x])", "torch.full(2, 0.5, device=x)"],
+)
 def test_it_is_seen_where_a_tensor_does_not_say_where(source):
     assert undecided(source) == [source.count("\n") + 1]
     assert undecided("torch.zeros(3, dtype=int, device='cpu'), torch.zeros(3, **there), torch.zeros_like(x)") == []

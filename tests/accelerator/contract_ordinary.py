@@ -9,12 +9,13 @@ import weakref
 import pytest
 import torch
 from contract_models import CONFIG, STEPS, gradients
-from families import counts, made_table, tiny_model
-from transformers import Adafactor, TrainingArguments
+from families import counts, made_table, tiny_model, training_batch
+from transformers import Adafactor, Trainer, TrainingArguments
 from waiting import waits
 
 from hf_oto import HSPG, OTOConfig, OTOTrainer, compress, partition, shrink
 from hf_oto.config import LatencyTable
+from hf_oto.training.distillation import Distiller
 
 NAME = "BertForQuestionAnswering"
 CPU = torch.device("cpu")
@@ -27,6 +28,13 @@ class Plain(torch.optim.AdamW):
 def made(model, base=torch.optim.AdamW, steps=STEPS, **settings):
     config = OTOConfig(**{**CONFIG.to_dict(), **settings})
     return HSPG(base(model.named_parameters(), lr=1e-3), partition(model), config, steps)
+
+
+def trainer(model, folder, device, data=({},), teacher_model=None, **options):
+    place = {"use_cpu": device.type == "cpu", "dataloader_pin_memory": device.type == "cuda"}
+    arguments = TrainingArguments(str(folder), max_steps=STEPS, report_to=[], **place, **options)
+    data = list(data)
+    return OTOTrainer(model=model, args=arguments, train_dataset=data, oto_config=CONFIG, teacher_model=teacher_model)
 
 
 def move(model, optimizer, device):
@@ -128,7 +136,7 @@ def test_defaults_of_device_and_precision_change_nothing(name, device):
     """`torch.set_default_device`, a device as context, and half precision by default, as models are made under."""
     steps, found = 2 * STEPS, []
     for around in (contextlib.nullcontext, lambda: torch.device(device), lambda: default_dtype(torch.bfloat16)):
-        model = tiny_model(NAME, num_hidden_layers=2).to(device)
+        model, masks = tiny_model(NAME, num_hidden_layers=2).to(device), []
         with around():
             optimizer = made(model, steps=steps, **settings_of(name, model))
         for step in range(steps):
@@ -136,13 +144,14 @@ def test_defaults_of_device_and_precision_change_nothing(name, device):
             with around():
                 optimizer.step()
                 optimizer.zero_grad()
+                masks.append({place: mask.tolist() for place, mask in optimizer.zero_masks().items()})
                 if optimizer.shrink_due and step % 2:
                     shrink(model, optimizer)
         with around():
             small = compress(model)
-        found.append((counts(small), optimizer.param_groups[0]["hspg_saliency"]))
+        found.append((counts(small), optimizer.param_groups[0]["hspg_saliency"], masks))
     for other in found[1:]:
-        assert other[0] == found[0][0] and other[1].dtype == torch.float32
+        assert other[0] == found[0][0] and other[1].dtype == torch.float32 and other[2] == found[0][2]
         torch.testing.assert_close(other[1], found[0][1], rtol=1e-3, atol=1e-9)
 
 
@@ -182,6 +191,62 @@ def test_no_ordinary_step_waits_for_the_device(name, base, device):
     assert stages == {"warmup", *(("half-space",) if name == "published" else ("pruning", "recovery"))}
 
 
+def test_the_scale_of_half_precision_is_not_waited_for(device, tmp_path, monkeypatch):
+    """From the end of the backward pass until saliency is gathered."""
+    model = tiny_model(NAME, num_hidden_layers=2)
+    rows = training_batch(model, size=8)
+    data = [{key: value[row] for key, value in rows.items()} for row in range(8)]
+    taken = trainer(model, tmp_path, device, data, save_strategy="no", disable_tqdm=True)
+    scaler = torch.amp.GradScaler(device.type, init_scale=8.0)
+    open_ones, noted = contextlib.ExitStack(), []
+    step, observe = Trainer.training_step, HSPG.observe
+
+    def stepping(*args, **kwargs):
+        taken.accelerator.scaler = scaler  # not before: its own part of a step asks for float64
+        loss = step(*args, **kwargs)
+        noted.append(open_ones.enter_context(waits(device)))
+        return loss
+
+    def observing(*args, **kwargs):
+        observe(*args, **kwargs)
+        open_ones.close()
+
+    monkeypatch.setattr(Trainer, "training_step", stepping)
+    monkeypatch.setattr(HSPG, "observe", observing)
+    taken.train()
+    assert taken.hspg.target_reached and [list(one) for one in noted] == [[]] * STEPS
+
+
+# What is learnt from a teacher.
+
+ORDERS = {0: "no", 1: "maybe", 2: "yes"}, {0: "YES", 1: "NO", 2: "MAYBE"}
+
+
+@pytest.mark.parametrize("name", ["RobertaForSequenceClassification", "BertForTokenClassification", NAME])
+def test_a_teacher_teaches_as_on_the_cpu_and_only_its_forward_waits(name, device):
+    """Its classes may be in another order."""
+    names = ORDERS if name != NAME else ({0: "start", 1: "end"},) * 2
+    models = [
+        tiny_model(name, seed=seed, id2label=dict(one), label2id={value: key for key, value in one.items()}).eval()
+        for seed, one in enumerate(names)
+    ]
+    losses = []
+    for place in (CPU, device):
+        student, teacher = (copy.deepcopy(model).to(place) for model in models)
+        distiller = Distiller(teacher, OTOConfig(distillation_weight=0.5, distillation_hidden_weight=0.5))
+        inputs = {key: value.to(place) for key, value in training_batch(student, size=4).items()}
+        if name.endswith("SequenceClassification"):
+            inputs["labels"] = inputs["labels"][:, 0]
+        outputs = student(**inputs, output_hidden_states=True)
+        losses.append(distiller(student, outputs, inputs)[0])
+    torch.testing.assert_close(losses[1].cpu(), losses[0], rtol=1e-4, atol=0)
+    with waits(device) as forward:
+        distiller.ask(student, inputs)
+    with waits(device) as noted:
+        distiller(student, outputs, inputs)
+    assert len(noted) == len(forward)
+
+
 # What stays in memory.
 
 
@@ -213,11 +278,6 @@ def test_nothing_of_full_size_outlives_a_shrink(device):
 # Where weights may not be.
 
 
-def trainer(model, folder, device, **more):
-    arguments = TrainingArguments(str(folder), max_steps=STEPS, report_to=[], use_cpu=device.type == "cpu")
-    return OTOTrainer(model=model, args=arguments, train_dataset=[{}], oto_config=CONFIG, **more)
-
-
 def test_a_model_on_two_devices_is_refused_before_the_first_step(device, tmp_path):
     model = tiny_model(NAME, num_hidden_layers=2)
     model.bert.encoder.layer[1].to(device)
@@ -225,6 +285,10 @@ def test_a_model_on_two_devices_is_refused_before_the_first_step(device, tmp_pat
     for use in (compress, lambda model: trainer(model, tmp_path / "run", device)):
         with pytest.raises(ValueError, match=f"`model` {said}"):
             use(model)
+    around = torch.nn.Module()  # of one's own, with what is pruned on one device and its head on the other
+    around.encoder, around.head = tiny_model("BertModel", num_hidden_layers=1), torch.nn.Linear(32, 2).to(device)
+    with pytest.raises(ValueError, match=f"`model` {said}"):
+        trainer(around, tmp_path / "run", device)
     with pytest.raises(ValueError, match=f"`teacher_model` {said}"):
         trainer(tiny_model(NAME, num_hidden_layers=2), tmp_path / "run", device, teacher_model=model)
     assert not (tmp_path / "run").exists()

@@ -525,7 +525,8 @@ def test_what_latency_refuses_writes_nothing(tmp_path):
     assert "no folder" in refused("latency", tmp_path / "dense", tmp_path / "new" / "table.json")
     assert "pruned already" in refused("latency", tmp_path / "small", out)
     assert "`dtype` must be one of float32" in refused("latency", tmp_path / "dense", out, "--dtype", "int8")
-    for device in ("tpu", "hpu", "mps:9", "meta"):  # torch does not know the first, and has no module for the second
+    # torch does not know the first, has no module for the second, and sees no GPU or was built without.
+    for device in ("tpu", "hpu", "mps:9", "meta", "cuda"):
         assert "`device` must be cpu, or cuda where" in refused("latency", tmp_path / "dense", out, "--device", device)
     assert "`sequence_length` must be at most 40" in refused(
         "latency", tmp_path / "dense", out, "--sequence-length", 41
