@@ -37,6 +37,7 @@ from .refusals import (
     check_metric,
     check_optimizer,
     check_parallelism,
+    check_settings,
     check_trainable,
     may_be_empty,
 )
@@ -70,7 +71,8 @@ class PruningTrainer(TaughtTrainer):
         if oto_config is not None and not isinstance(oto_config, OTOConfig):
             raise TypeError(f"`oto_config` must be an OTOConfig, got {type(oto_config).__name__}.")
         oto_config = settled_config(oto_config, optimizers_in(others, kwargs))
-        self._checked: nn.Module | None = None  # what is known to be prunable
+        self._checked: nn.Module | None = None  # what is known to be prunable, with these settings
+        self._checked_settings: dict[str, Any] = {}
         if model is not None:  # before Trainer makes `output_dir`
             check_kind(type(self), model)
             trains = kwargs.get("train_dataset") is not None or any(other is not None for other in others)
@@ -144,9 +146,12 @@ class PruningTrainer(TaughtTrainer):
 
     def _check_part(self, part: PreTrainedModel, config: OTOConfig | None) -> None:
         """Refuse what cannot be pruned and, unless the model is only used, what cannot be trained to the target."""
+        settings = part.config.to_dict()
         if part is not self._checked:
             check_compressible(part)
-            self._checked = part
+        elif settings != self._checked_settings:
+            check_settings(part, self._checked_settings)
+        self._checked, self._checked_settings = part, settings
         if config is not None and not budget.is_reached(partition(part), config):  # a finished model may be evaluated
             check_trainable(part, config)
 
@@ -162,9 +167,9 @@ class PruningTrainer(TaughtTrainer):
             self.optimizer = wrapped(optimizer, whole, part, config, total_steps)
             if config.shrink_during_training and (reason := self._unshrinkable):
                 logger.warning(f"The model is trained in full size, `shrink_during_training` does nothing: {reason}.")
-            elif config.shrink_during_training and self.args.torch_compile:
+            elif config.shrink_during_training and self._compiled:
                 logger.warning(
-                    "`torch_compile`: the model shrinks once, when the target is reached, as every size of it is "
+                    "The model is compiled: it shrinks once, when the target is reached, as every size of it is "
                     "compiled anew."
                 )
         checkpoint, self._shrunk_checkpoint = self._shrunk_checkpoint, None
@@ -193,7 +198,7 @@ class PruningTrainer(TaughtTrainer):
             return "`target_sparsity`=None has no pruning periods"
         if self.is_fsdp_enabled or is_sharded(self._part()):
             return "its parameters are sharded"
-        if self.args.world_size > 1 and self.args.torch_compile:
+        if self.args.world_size > 1 and self._compiled:
             return "what is compiled around several processes goes by the weights that it was given"
         if reason := unwatchable(self.model_wrapped):
             return reason
@@ -202,9 +207,15 @@ class PruningTrainer(TaughtTrainer):
         return None if self.hspg is None else self.hspg.unshrinkable
 
     @property
+    def _compiled(self) -> bool:
+        """Whether the arguments ask for it, or the user has called `model.compile()`."""
+        modules = self._whole_model().modules()
+        return self.args.torch_compile or any(vars(module).get("_compiled_call_impl") for module in modules)
+
+    @property
     def _may_change_size(self) -> bool:
         """Whether another size costs nothing beside its cut: a compiled one is compiled anew, for half a minute."""
-        return not self.args.torch_compile or cast(HSPG, self.hspg).target_reached
+        return not self._compiled or cast(HSPG, self.hspg).target_reached
 
     @property
     def hspg(self) -> HSPG | None:

@@ -10,13 +10,14 @@ from typing import Any, cast
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..config import OTOConfig
 from ..hspg import budget
 from ..hspg.sharding import check_sharding
 from ..models.groups import partition
 from ..models.sharding import is_sharded
+from ..models.surgery import check_compressible
 
 # These step during backward, or keep weights or states that are no longer laid out as the model's weights.
 _REFUSED_OPTIMIZERS = ("lomo", "layerwise", "galore", "apollo", "schedule_free", "torch_4bit", "torch_8bit")
@@ -134,6 +135,26 @@ def check_trainable(model: nn.Module, config: OTOConfig) -> None:
             f"leave their kind out of `structures`."
         )
     check_sharding({name: parameters[name] for name in owned})
+
+
+def check_settings(model: PreTrainedModel, made_with: Mapping[str, Any]) -> None:
+    """
+    Refuse a config that tells of another model than the one that was made of it: so would be what is saved with it.
+
+    Args:
+        model ([`PreTrainedModel`]): With the config as it is now.
+        made_with (`Mapping[str, Any]`): The settings with which it was known to be prunable.
+    """
+    try:
+        check_compressible(model)
+    except ValueError as error:
+        now = model.config.to_dict()
+        changed = [f"{n} {made_with.get(n)!r} -> {value!r}" for n, value in now.items() if made_with.get(n) != value]
+        raise ValueError(
+            f"`model.config` was changed after `model` was made ({', '.join(changed)}), and a model made of it now "
+            f"computes something else. Trainer sets the special tokens to those of `processing_class`: give it the "
+            f"model's own tokenizer, or load the model with these settings: `from_pretrained(folder, pad_token_id=0)`."
+        ) from error
 
 
 def check_gradients(norm: Any, loss: Any, step: int, output_dir: str) -> None:

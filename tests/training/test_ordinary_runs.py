@@ -257,6 +257,22 @@ def test_a_model_that_is_not_built_as_its_class_is_refused_before_the_first_step
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_a_tokenizer_of_another_model_is_refused_where_positions_go_by_its_padding(tmp_path):
+    """Trainer sets the config's padding token to the tokenizer's, when training starts."""
+    tiny_model("RobertaForQuestionAnswering").save_pretrained(tmp_path / "dense")
+    given = {"processing_class": tokenizer()}
+    trainer = make(tmp_path / "run", model=small(tmp_path / "dense"), extra=given)
+    with pytest.raises(ValueError, match=r"`model.config` was changed .*pad_token_id 1 -> 0.*`processing_class`"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    # What it says to do.
+    model = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "dense", pad_token_id=0)
+    trainer = make(tmp_path / "run", model=model, extra=given)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "small"))
+    assert largest_difference(outputs(small(tmp_path / "small")), outputs(model.eval())) < 1e-5
+
+
 class FixedSignature(Trainer):
     """As TRL's: every argument by name, none beside them, and a card of its own at every checkpoint."""
 
