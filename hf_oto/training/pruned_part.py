@@ -132,11 +132,8 @@ def saved_config(folder: str | Path, family: str, path: str) -> PreTrainedConfig
         path (`str`): Where the part is in the model.
     """
     for place in (Path(folder, path), Path(folder), *sorted(Path(folder).glob("*"))):
-        file = place / CONFIG_NAME
-        if file.is_file():
-            model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type", "")
-            if dense_model_type(model_type) == family:
-                return AutoConfig.from_pretrained(place)
+        if dense_model_type(_model_type(place / CONFIG_NAME)) == family:
+            return AutoConfig.from_pretrained(place)
     return None
 
 
@@ -151,9 +148,15 @@ def save_beside(folder: Path, model: nn.Module, part: PreTrainedModel, *, weight
         part ([`PreTrainedModel`]): The part of it with the groups.
         weights (`bool`): Whether to save the weights as well, which the whole model's have, too.
     """
-    path = path_of(model, part)
-    mine = part.config.model_type
-    written = (json.loads(file.read_text(encoding="utf-8")) for file in folder.rglob(CONFIG_NAME))
-    if not path or any(settings.get("model_type") == mine for settings in written if isinstance(settings, dict)):
-        return
-    (part if weights else part.config).save_pretrained(folder / path)
+    path, mine = path_of(model, part), part.config.model_type
+    written = [_model_type(file) for file in folder.rglob(CONFIG_NAME)]
+    # A run that resumes reads the config alone, and could not tell it from that of another encoder.
+    of_family = [dense_model_type(found) for found in written].count(dense_model_type(mine))
+    if path and not (mine in written and (weights or of_family == 1)):
+        (part if weights else part.config).save_pretrained(folder / path)
+
+
+def _model_type(file: Path) -> str:
+    """What a config is of; nothing where there is none, or where it is that of a module of another kind."""
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return settings.get("model_type", "") if isinstance(settings, dict) else ""

@@ -39,6 +39,7 @@ from sentence_transformers import (
     MultiVectorEncoder,
     SentenceTransformer,
     SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
     SparseEncoder,
 )
 from sentence_transformers.base.modules import Router, Transformer
@@ -51,7 +52,7 @@ from sentence_transformers.sparse_encoder import losses as sparse_losses
 from short_runs import StopAt
 from short_runs import make as make_short
 
-from hf_oto import summarize
+from hf_oto import OTOSentenceTransformerTrainer, summarize
 from hf_oto.deploy import pooling as onnx_pooling
 from hf_oto.deploy.onnx_export import inference_session
 from hf_oto.deploy.onnx_folder import export_folder
@@ -278,6 +279,45 @@ def test_what_cannot_be_pruned_or_taught_is_refused(tmp_path):
     static = SentenceTransformer(modules=[StaticEmbedding(model.tokenizer, embedding_dim=8)], device="cpu")
     with pytest.raises(ValueError, match="`model`"):
         make(tmp_path / "run", static, pairs(), losses.MultipleNegativesRankingLoss(static))
+
+
+def test_towers_are_pruned_one_after_the_other(tmp_path):
+    class Chooses(OTOSentenceTransformerTrainer):
+        route = "document"
+
+        def pruned_part(self, model):
+            return model[0].sub_modules[self.route][0].model
+
+    class ChoosesOther(Chooses):
+        route = "query"
+
+    def start(model, kind, folder):
+        arguments = SentenceTransformerTrainingArguments(
+            str(tmp_path / folder),
+            **{"max_steps": STEPS, "learning_rate": 3e-3, "report_to": [], "use_cpu": True, "disable_tqdm": True},
+            **{"save_strategy": "steps", "save_steps": 8},
+            router_mapping={"anchor": "query", "positive": "document"},
+        )
+        loss = losses.MultipleNegativesRankingLoss(model)
+        return kind(model=model, args=arguments, oto_config=CONFIG, train_dataset=pairs(), loss=loss)
+
+    def loaded(folder):
+        return SentenceTransformer(str(tmp_path / folder), device="cpu")
+
+    towers = [list(embedder(tmp_path / name))[:2] for name in ("a", "b")]
+    both = SentenceTransformer(modules=[Router.for_query_document(*towers)], device="cpu")
+    start(both, Chooses, "first").train()
+    whole = start(loaded("first"), ChoosesOther, "second")
+    whole.train()
+    # Its checkpoint holds two configs of one family, of other sizes.
+    resumed = start(loaded("first"), ChoosesOther, "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "second" / "checkpoint-8"))
+    assert same(resumed.model, whole.model)
+    small = loaded("second")
+    assert {type(modules[0].model).__name__ for modules in small[0].sub_modules.values()} == {"OTOBertModel"}
+    for encode in ("encode_query", "encode_document"):
+        found, expected = (getattr(each, encode)(QUESTIONS[:8]) for each in (small, whole.model))
+        assert np.abs(found - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("kind", [embedder, reranker])
