@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,13 +11,14 @@ from transformers import PreTrainedModel
 
 from ..config import CONFIG_NAME as OTO_CONFIG_NAME
 from ..config import LatencyTable, OTOConfig
-from ..hspg.budget import allowance, check_target, reach, target_examples
+from ..hspg.budget import allowance, check_target, reach
+from ..hspg.selection import target_examples
 from ..models.configuration_oto import PRUNED_PREFIX
 from ..models.groups import partition
 from ..report.summary import summarize, summarize_kept
 from ..report.tables import markdown_table
 from .loading import empty_model, load_model, read_config
-from .printing import JsonOption, ModelArgument, show
+from .printing import JsonOption, ModelArgument, at_home, show
 
 TRAINER_STATE = "trainer_state.json"
 
@@ -29,12 +31,15 @@ def inspect(
     target_unit: Annotated[str, typer.Option(help="The target's metric: params, macs, groups, latency.")] = "params",
     sequence_length: Annotated[int, typer.Option(help="Tokens of the sequence for which MACs are counted.")] = 384,
     latency_table: Annotated[
-        Path | None, typer.Option(help="What `hf-oto latency` wrote: for the metric latency.")
+        Path | None, typer.Option(help="What `hf-oto latency` wrote: for the metric latency.", callback=at_home)
     ] = None,
     structures: Annotated[list[str] | None, typer.Option(help="heads or neurons; repeat it. Both by default.")] = None,
     min_heads: Annotated[int, typer.Option(help="Heads that every block keeps at least.")] = 1,
     min_neurons: Annotated[int, typer.Option(help="Neurons that every block keeps at least.")] = 8,
     round_to: Annotated[int, typer.Option(help="What the width of every FFN is a multiple of.")] = 8,
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="Every block keeps as many: a model of the family's own class.")
+    ] = False,
     weights: Annotated[
         bool, typer.Option("--weights", help="Read the weights of a dense model too: groups of zeros are removed.")
     ] = False,
@@ -56,6 +61,7 @@ def inspect(
         min_heads=min_heads,
         min_neurons=min_neurons,
         round_to=round_to,
+        uniform=uniform,
     )
     options: dict[str, Any] = {"sequence_length": sequence_length, "latency_table": settings.latency_table}
     config = read_config(model)
@@ -111,15 +117,18 @@ def _target(found: PreTrainedModel, settings: OTOConfig, options: dict[str, Any]
     text = (
         f"A target of {settings.target_sparsity} removes at most {budget:,} of {limits.total:,} {metric}. The "
         f"floors (min_heads {settings.min_heads}, min_neurons {settings.min_neurons}, round_to {settings.round_to}) "
-        f"let {share} go. Training finds which groups go; the blocks would keep, if it were"
+        f"let {share} go. Training finds which groups go; "
     )
+    several = len({(*one.heads, *one.neurons) for one in examples.values()}) > 1
+    blocks = "every block would keep as many" if settings.uniform else "the blocks would keep"
+    text += f"{blocks}{', if it were' if several else ''}"
     timed = ("latency, ns", "share") if settings.latency_table else ()
     table = markdown_table("", "heads", "neurons", "parameters", "share", "MACs", "share", *timed, "all parameters")
-    for name, example in examples.items():
+    for name, example in list(examples.items())[: None if several else 1]:
         table.add_row(
-            name,
-            f"{sum(example.heads):,}",
-            f"{sum(example.neurons):,}",
+            name if several else "",
+            _counts(example.heads, settings.uniform),
+            _counts(example.neurons, settings.uniform),
             f"{example.prunable_parameters:,}",
             f"{example.prunable_ratio:.1%}",
             f"{example.macs:,}",
@@ -128,3 +137,8 @@ def _target(found: PreTrainedModel, settings: OTOConfig, options: dict[str, Any]
             f"{example.parameters:,}",
         )
     return numbers, [text, table]
+
+
+def _counts(of_blocks: Sequence[int], alike: bool) -> str:
+    """How many groups of a kind all blocks together have; where they are alike, blocks times groups."""
+    return f"{len(of_blocks)} x {of_blocks[0]:,}" if alike else f"{sum(of_blocks):,}"

@@ -261,43 +261,6 @@ def _to_lower(config: OTOConfig) -> str:
     return f"the target or the floors{f', those of {whole} to 0: {reason}' if whole else ''}"
 
 
-def target_examples(partition: Partition, config: OTOConfig) -> dict[str, list[int]]:
-    """
-    What a target may leave. Which groups go is for the training to find; these are the two extremes, and the cut that
-    takes the same share of every array.
-
-    Returns:
-        `dict[str, list[int]]`: Groups kept of every array, by `"heads first"`, `"evenly"` and `"neurons first"`.
-
-    Raises:
-        `ValueError`: See [`check_target`].
-    """
-    check_target(partition, config)
-    found = reach(partition, config)
-    budget = allowance(config.target_sparsity or 0.0, found.total) - found.removed
-    arrays = [array for array in partition.arrays if array.kind in config.structures and array.count]
-    kept = {name: [array.count for array in partition.arrays] for name in ("heads first", "evenly", "neurons first")}
-    if not arrays:
-        return kept
-    count_B = torch.tensor([array.count for array in arrays], device="cpu")
-    costs = costs_of(partition, arrays, config)
-    heads_B = torch.tensor([array.kind == "heads" for array in arrays], device="cpu")
-    limits = [floor_and_multiple(array.kind, config) for array in arrays]
-    floor_B, multiple_B = torch.tensor(limits, device="cpu").unbind(1)
-    array_G = torch.arange(len(arrays), device="cpu").repeat_interleave(count_B)
-    cost_G, mean_G = torch.cat(costs), torch.stack([cost_g.double().mean() for cost_g in costs])[array_G]
-    rank_G = torch.cat([(torch.arange(array.count, device="cpu").double() + 0.5) / array.count for array in arrays])
-    # Scores per cost about 1 within the kind that goes first, far beyond it in the other.
-    late = {"heads first": ~heads_B, "evenly": heads_B & ~heads_B, "neurons first": heads_B}
-    for name, late_B in late.items():
-        score_G = (rank_G + 1e9 * late_B[array_G]) * mean_G
-        alive_G = torch.ones_like(array_G, dtype=torch.bool)
-        chosen_G = select_groups(score_G, cost_G, array_G, alive_G, budget, floor_B, multiple_B)
-        for array, gone in zip(arrays, torch.bincount(array_G[chosen_G], minlength=len(arrays)), strict=True):
-            kept[name][partition.arrays.index(array)] -= int(gone)
-    return kept
-
-
 def uniform_cuts(partition: Partition, kind: str, count: int, floor: int, multiple: int) -> list[int]:
     """How many groups may go of a block that has `count`, if all blocks lose as many: none, and then ascending."""
     kept = set(partition.plain_counts(kind))

@@ -1,4 +1,4 @@
-"""Which groups a pruning period takes, from their saliency and what is left of the target.
+"""Which groups a pruning period takes, from their saliency and what is left of the target; and which it may take.
 
 Shapes: `G` all groups of the chosen structures, array by array.
 """
@@ -144,3 +144,36 @@ def _uniformly(
         lowest = saliency_g.double().masked_fill(~alive_g, torch.inf).sort(stable=True).indices
         chosen[lowest[: number[array.kind]]] = True
     return chosen_G
+
+
+def target_examples(partition: Partition, config: OTOConfig) -> dict[str, list[int]]:
+    """
+    What a target may leave. Which groups go is for the training to find; these are the two extremes, and the cut that
+    takes the same share of every array. With `uniform=True` every block keeps as many in each of them.
+
+    Returns:
+        `dict[str, list[int]]`: Groups kept of every array, by `"heads first"`, `"evenly"` and `"neurons first"`.
+
+    Raises:
+        `ValueError`: See [`~hf_oto.hspg.budget.check_target`].
+    """
+    budget.check_target(partition, config)
+    arrays = [array for array in partition.arrays if array.kind in config.structures and array.count]
+    kept = {name: [array.count for array in partition.arrays] for name in ("heads first", "evenly", "neurons first")}
+    if not arrays:
+        return kept
+    array_G = torch.arange(len(arrays), device="cpu").repeat_interleave(
+        torch.tensor([array.count for array in arrays], device="cpu")
+    )
+    mean_B = torch.stack([cost_g.double().mean() for cost_g in budget.costs_of(partition, arrays, config)])
+    heads_B = torch.tensor([array.kind == "heads" for array in arrays], device="cpu")
+    rank_G = torch.cat([(torch.arange(array.count, device="cpu").double() + 0.5) / array.count for array in arrays])
+    alive_G = torch.ones_like(array_G, dtype=torch.bool)
+    # Scores per cost about 1 within the kind that goes first, far beyond it in the other.
+    late = {"heads first": ~heads_B, "evenly": heads_B & ~heads_B, "neurons first": heads_B}
+    for name, late_B in late.items():
+        score_G = (rank_G + 1e9 * late_B[array_G]) * mean_B[array_G]
+        chosen_G = choose(partition, arrays, config, score_G, alive_G, config.target_sparsity or 0.0)
+        for array, gone in zip(arrays, counts(chosen_G, arrays), strict=True):
+            kept[name][partition.arrays.index(array)] -= gone
+    return kept

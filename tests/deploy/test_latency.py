@@ -14,7 +14,8 @@ from hf_oto import HSPG, OTOConfig, OTOTrainer, compress, measure_latency, parti
 from hf_oto.config import LatencyTable
 from hf_oto.deploy import latency_tables
 from hf_oto.deploy.latency_tables import _curves, _sizes
-from hf_oto.hspg.budget import check_target, removed_cost, target_examples
+from hf_oto.hspg.budget import check_target, removed_cost
+from hf_oto.hspg.selection import target_examples
 from hf_oto.models.example_inputs import example_batch
 
 BERT = ONE_EACH[0]

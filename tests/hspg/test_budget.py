@@ -22,9 +22,9 @@ from hf_oto.hspg.budget import (
     removal_costs,
     removed_cost,
     select_groups,
-    target_examples,
 )
 from hf_oto.hspg.schedule import Schedule
+from hf_oto.hspg.selection import target_examples
 from hf_oto.models.groups import GroupArray, Partition, partition
 from hf_oto.models.surgery import compress
 

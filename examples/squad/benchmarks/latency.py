@@ -22,7 +22,8 @@ from transformers import BertConfig, BertForQuestionAnswering, PreTrainedModel
 
 from benchmarks.cost import SIZES
 from hf_oto import OTOConfig, measure_latency, partition
-from hf_oto.hspg.budget import removed_cost, target_examples
+from hf_oto.hspg.budget import removed_cost
+from hf_oto.hspg.selection import target_examples
 from hf_oto.models.surgery import keep_groups
 
 
