@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,39 @@ def named_parameters(param_groups: Sequence[dict[str, Any]]) -> Iterator[tuple[s
                 yield name, parameter, group
 
 
+def check_kind(base: Any, own: type) -> None:
+    """
+    Refuse a `base_optimizer` whose `step` is not one step of a run.
+
+    Args:
+        base: What was given.
+        own (`type`): The class that wraps it.
+
+    Raises:
+        `TypeError`: It is no optimizer, one that prunes already, accelerate's wrapper, or needs a closure.
+    """
+    name = type(base).__name__
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"`base_optimizer` must be a torch.optim.Optimizer, such as AdamW, got {name}.")
+    if isinstance(base, own):
+        raise TypeError(
+            "`base_optimizer` is an HSPG already, which prunes one model. Give each model an optimizer of its own, "
+            "and an HSPG around that."
+        )
+    if any(cls.__module__.startswith("accelerate.") for cls in type(base).__mro__):
+        raise TypeError(
+            f"`base_optimizer` must be the optimizer itself, got accelerate's {name}, which takes no step while "
+            f"gradients accumulate or a scaler skips them. Wrap the optimizer first, and hand what comes of it to "
+            f"`accelerator.prepare`."
+        )
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise TypeError(
+            f"`base_optimizer` {name} computes the loss anew within a step, by a `closure` that it needs: there is "
+            f"not one gradient of a step to go by. Use another, such as AdamW."
+        )
+
+
 def check_names(base: Optimizer, arrays: Sequence[GroupArray]) -> None:
     """Refuse, with a `ValueError`, an optimizer in which what groups own is not found by its name, once."""
     named = list(named_parameters(base.param_groups))
@@ -38,10 +72,37 @@ def check_names(base: Optimizer, arrays: Sequence[GroupArray]) -> None:
             f"({twice[0]!r}, …). Give the parameters that are not the model's names of their own."
         )
     trained = {name for name, parameter, _ in named if parameter.requires_grad}
-    if missing := [name for name in owned if name not in trained]:
+    missing = [name for name in owned if name not in trained]
+    if missing and (longer := [name for name in trained if name.endswith(f".{missing[0]}")]):
+        raise ValueError(
+            f"`base_optimizer` has {longer[0]!r}, where the groups have {missing[0]!r}: names must be those of the "
+            f"model that `partition` was given. Build it from that one's `named_parameters()`, and give what is "
+            f"around it names of its own."
+        )
+    if missing:
         raise ValueError(
             f"`base_optimizer` lacks {len(missing)} parameters of zero-invariant groups ({missing[0]!r}, …): they "
             f"are frozen or left out. Train them, or leave their kind out of `structures`."
+        )
+
+
+def add_group(base: Optimizer, group: dict[str, Any], arrays: Sequence[GroupArray]) -> None:
+    """Add a parameter group to an optimizer, unless what groups own would not be found by its name, once, any more."""
+    base.add_param_group(group)
+    try:
+        check_names(base, arrays)
+    except ValueError:
+        base.param_groups.pop()
+        raise
+
+
+def check_trained(owned: Mapping[str, Tensor], step: int) -> None:
+    """Refuse, with a `ValueError`, to prune what was frozen since: by its gradients it would be worth nothing."""
+    if frozen := [name for name, parameter in owned.items() if not parameter.requires_grad]:
+        raise ValueError(
+            f"{len(frozen)} parameters of zero-invariant groups are frozen at step {step} ({frozen[0]!r}, …): without "
+            f"gradients they would go first. Train them at least until the target is reached, or leave their kind out "
+            f"of `structures`."
         )
 
 

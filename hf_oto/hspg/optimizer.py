@@ -27,10 +27,18 @@ from ..config import OTOConfig
 from ..models.groups import GroupArray, Partition
 from . import budget, devices, progress, selection, shrinking
 from .acted_weights import ActedWeights, ZeroWeights
-from .base_optimizers import check_names, check_state, makes_state, named_parameters
+from .base_optimizers import (
+    add_group,
+    check_kind,
+    check_names,
+    check_state,
+    check_trained,
+    makes_state,
+    named_parameters,
+)
 from .group_weights import Places, squared_norms
 from .saliency import Observations, gathered_derivatives, update_saliency
-from .saved_state import KEPT, REDUNDANT, SALIENCY, SETTINGS, STATUS, STEP, ZERO, bring, check_saved, settings
+from .saved_state import KEPT, REDUNDANT, SALIENCY, SETTINGS, STATUS, STEP, ZERO, begin, bring, check_saved, settings
 from .schedule import Schedule
 from .sharding import check_sharding
 
@@ -58,8 +66,9 @@ class HSPG(Optimizer):
             Optimizer steps of the run, N.
 
     Raises:
-        `ValueError`: Parameters without names, groups whose weights are not in the optimizer or sharded in another way
-            than by FSDP2's `fully_shard`, a target that cannot be reached, or a schedule that does not fit in the run.
+        `ValueError`, `TypeError`: Parameters without names, groups whose weights are not in the optimizer or sharded
+            in another way than by FSDP2's `fully_shard`, an optimizer that cannot be wrapped or is of another run, a
+            target that cannot be reached, or a schedule that does not fit in the run.
 
     Example:
 
@@ -69,6 +78,7 @@ class HSPG(Optimizer):
     """
 
     def __init__(self, base_optimizer: Optimizer, partition: Partition, config: OTOConfig, total_steps: int) -> None:
+        check_kind(base_optimizer, HSPG)
         self.base_optimizer = base_optimizer
         self.partition = partition
         self.config = config
@@ -82,8 +92,7 @@ class HSPG(Optimizer):
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self._share()
         check_sharding(self._owned())
-        self._kept.setdefault(STEP, 0)
-        self._kept.setdefault(SETTINGS, settings(config, partition, total_steps))
+        begin(self.param_groups, settings(config, partition, total_steps), self._num_groups)
 
     def __repr__(self) -> str:
         return f"HSPG({type(self.base_optimizer).__name__}, step {self.steps_done}, {self.stage}, {self.metrics()})"
@@ -148,6 +157,8 @@ class HSPG(Optimizer):
 
     def _begin(self) -> None:
         """Find the groups that are zero whole. Now the weights are where they will be, on their rank and device."""
+        if self.config.target_sparsity is None:  # every group is acted on from now on
+            check_trained(self._owned(), self.steps_done)
         zero_G = squared_norms(self._arrays, self._places()) == 0
         self._kept[SALIENCY] = torch.zeros(len(zero_G), dtype=torch.float32, device=zero_G.device)
         self._kept[STATUS] = zero_G.to(torch.uint8) * ZERO
@@ -163,6 +174,7 @@ class HSPG(Optimizer):
 
     def _select(self, step: int) -> None:
         """Make the groups of the lowest saliency per cost redundant, for what the period has to remove."""
+        check_trained(self._owned(), step)
         status_G = self._kept[STATUS]
         share, gathered_G, alive_G = self.schedule.share(step), self._kept[SALIENCY], status_G.cpu() == KEPT
         saliency_G = selection.saliency(self.partition, self._arrays, self.config, gathered_G, self._places(), step)
@@ -343,7 +355,7 @@ class HSPG(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add to the base optimizer, whose parameter groups these are."""
         if hasattr(self, "_observations"):
-            self.base_optimizer.add_param_group(param_group)
+            add_group(self.base_optimizer, param_group, self._arrays)
         else:  # torch's own constructor hands over the groups that are there
             super().add_param_group(param_group)
 
@@ -355,7 +367,7 @@ class HSPG(Optimizer):
             `ValueError`: The state is not of an HSPG run with the same settings, parameters, groups and number of
                 steps, or of a version of hf_oto that wrote it in another format.
         """
-        check_saved(state_dict["param_groups"], self.param_groups, sum(array.count for array in self._arrays))
+        check_saved(state_dict["param_groups"], self.param_groups, self._num_groups)
         self.base_optimizer.load_state_dict(state_dict)
         self._share()
 
@@ -389,6 +401,10 @@ class HSPG(Optimizer):
 
     def _present(self, partition: Partition) -> list[GroupArray]:
         return [array for array in partition.arrays if array.kind in self.config.structures and array.count]
+
+    @property
+    def _num_groups(self) -> int:
+        return sum(array.count for array in self._arrays)
 
     def _places(self) -> Places:
         return {name: (parameter, group) for name, parameter, group in named_parameters(self.param_groups)}

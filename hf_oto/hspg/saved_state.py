@@ -51,6 +51,33 @@ def settings(config: OTOConfig, partition: Partition, total_steps: int) -> str:
     return json.dumps(named, sort_keys=True)
 
 
+def begin(groups: Sequence[dict[str, Any]], now: str, num_groups: int) -> None:
+    """
+    Begin a run in an optimizer's parameter groups, or go on with the one whose state was loaded into them before.
+
+    Args:
+        groups (`Sequence[dict[str, Any]]`): Parameter groups.
+        now (`str`): The run's [`settings`].
+        num_groups (`int`): Zero-invariant groups that the model has.
+
+    Raises:
+        `ValueError`: They hold steps of another run.
+    """
+    kept = groups[0]
+    if kept.get(STEP):
+        try:
+            check_saved(groups, [{SETTINGS: now}], num_groups)
+        except ValueError as error:
+            raise ValueError(
+                f"`base_optimizer` has {kept[STEP]} steps of another run in it: {error} Or make the optimizer anew."
+            ) from error
+    else:
+        for name in (SALIENCY, STATUS):
+            kept.pop(name, None)
+    kept.setdefault(STEP, 0)
+    kept[SETTINGS] = now
+
+
 def check_saved(saved: Sequence[Mapping[str, Any]], mine: Sequence[Mapping[str, Any]], num_groups: int) -> None:
     """
     Refuse parameter groups of a state that a run cannot go on from.

@@ -112,8 +112,12 @@ def _cut(
     atol: float = ATOL,
     show_progress: bool,
 ) -> PreTrainedModel:
-    """A small model that was compared with the large one."""
-    with tqdm(total=2, desc="Cutting out what is zero", leave=False, disable=not show_progress) as bar:
+    """A small model that was compared with the large one. Its weights can be trained, wherever this is called."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        tqdm(total=2, desc="Cutting out what is zero", leave=False, disable=not show_progress) as bar,
+    ):
         cut = keep_groups(model, groups, kept, plain=plain)
         if model.can_generate():
             cut.generation_config = copy.deepcopy(model.generation_config)

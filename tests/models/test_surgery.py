@@ -119,6 +119,19 @@ def test_everything_may_go():
     assert largest_difference(outputs(cut), zeroed) <= TOLERANCE
 
 
+def test_what_is_cut_in_inference_mode_can_be_trained():
+    model = tiny_model("RobertaForSequenceClassification")
+    zero_uneven(model)
+    with torch.inference_mode():
+        cut = compress(model)
+        assert torch.is_inference_mode_enabled()
+    cut(**batch(model), labels=torch.tensor([0, 1, 1])).loss.backward()
+    assert all(p.grad is not None for p in cut.classifier.parameters())
+    with torch.no_grad():
+        assert all(parameter.requires_grad for parameter in compress(model).parameters())
+        assert not torch.is_grad_enabled()
+
+
 def test_the_input_stays_as_it_was():
     model = tiny_model("RobertaForSequenceClassification")
     zero_uneven(model)
