@@ -400,7 +400,7 @@ class OTOConfig:
             raise FileNotFoundError(f"No {CONFIG_NAME} in {directory}.")
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or no UTF-8
             raise ValueError(f"{path} is not JSON: {error}") from error
         if not isinstance(settings, dict):
             raise ValueError(f"{path} must hold one JSON object, got {type(settings).__name__}.")

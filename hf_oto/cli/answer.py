@@ -9,14 +9,16 @@ from typing import Annotated
 import typer
 
 from .loading import load_answerer
-from .printing import JsonOption, ModelArgument, show
+from .printing import JsonOption, ModelArgument, at_home, show
 
 
 def answer(
     model: ModelArgument,
     question: Annotated[list[str], typer.Option(help="A question; repeat it for more about the same context.")],
     context: Annotated[str | None, typer.Option(help="The text to find the answer in.")] = None,
-    context_file: Annotated[Path | None, typer.Option(help="A file in UTF-8 with that text.")] = None,
+    context_file: Annotated[
+        Path | None, typer.Option(help="A file in UTF-8 with that text.", callback=at_home)
+    ] = None,
     top_k: Annotated[int, typer.Option(help="Answers to each question.")] = 1,
     handle_impossible_answer: Annotated[
         bool, typer.Option("--handle-impossible-answer", help='Let "there is none" be an answer, as in SQuAD v2.0.')

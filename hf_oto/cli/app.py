@@ -5,6 +5,7 @@ A command's file, and with it torch and Transformers, is imported when that comm
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module, metadata
 from typing import Annotated, Any, NoReturn
@@ -54,6 +55,10 @@ class _Commands(TyperGroup):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
             code = super().main(*args, **{**kwargs, "prog_name": "hf-oto", "standalone_mode": False})
+            print(end="", flush=True)
+        except BrokenPipeError:  # whoever read it has seen enough, as `head` has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         except Exception as error:
             _fail(error)
         sys.exit(code if isinstance(code, int) else 0)
@@ -104,7 +109,10 @@ def _main(
 
 def main() -> None:
     """The entry point of `hf-oto`."""
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before a command runs; then click ends it in the same way
+        sys.exit(130)
 
 
 if __name__ == "__main__":

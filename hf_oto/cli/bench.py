@@ -13,12 +13,17 @@ from ..deploy import benchmark
 from ..deploy.onnx_export import check_packages
 from ..report.tables import markdown_table
 from .loading import DeviceOption, DtypeOption, load_model, read_device, read_dtype, read_text_config
-from .printing import JsonOption, show
+from .printing import JsonOption, at_home, show
 
 
 def bench(
-    dense: Annotated[str, typer.Argument(metavar="DENSE", help="The model to compare with: a folder, or of the Hub.")],
-    pruned: Annotated[str, typer.Argument(metavar="PRUNED", help="The small model: a folder, or of the Hub.")],
+    dense: Annotated[
+        str,
+        typer.Argument(metavar="DENSE", help="The model to compare with: a folder, or of the Hub.", callback=at_home),
+    ],
+    pruned: Annotated[
+        str, typer.Argument(metavar="PRUNED", help="The small model: a folder, or of the Hub.", callback=at_home)
+    ],
     batch_size: Annotated[list[int] | None, typer.Option(help="Sequences of a batch; repeat it. Default 1.")] = None,
     sequence_length: Annotated[
         list[int] | None, typer.Option(help="Tokens of a sequence; repeat it. Default 128.")

@@ -19,12 +19,16 @@ from ..models.surgery import compress as cut
 from ..report.card import as_plain, rewrite
 from ..report.summary import summarize
 from .loading import load_model, local_folder, read_config
-from .printing import JsonOption, show
+from .printing import JsonOption, at_home, show
 
 
 def compress(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A training checkpoint with zero groups.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist, or is empty.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A training checkpoint with zero groups.", callback=at_home)
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A folder that does not exist, or is empty.", callback=at_home)
+    ],
     plain: Annotated[
         bool, typer.Option("--plain", help="A model of the family's own class: its blocks must all be of one size.")
     ] = False,
@@ -43,6 +47,9 @@ def compress(
         raise ValueError(f"OUT {out} is not empty. Choose a folder that does not exist.")
     if out.exists() and not out.is_dir():
         raise ValueError(f"OUT {out} is a file. Choose a folder that does not exist.")
+    place = out.resolve()  # where a link leads, which may be another disk
+    if place == Path.cwd():
+        raise ValueError(f"OUT {out} is the current folder. Choose one in it.")
     model = load_model(checkpoint, read_config(checkpoint))
     source = local_folder(checkpoint)
     settings = OTOConfig.from_pretrained(source) if (source / OTO_CONFIG_NAME).is_file() else OTOConfig()
@@ -55,16 +62,16 @@ def compress(
             f"after its first pruning period, best one of the recovery stage."
         )
     small = cut(model, plain=plain, show_progress=sys.stderr.isatty())
-    with folder_beside(out) as folder:
+    with folder_beside(place) as folder:
         made = folder / "model"
         small.save_pretrained(made)
         copy_beside_weights(source, made)
         if plain:
             rewrite(made / "README.md", as_plain)
         files = sorted(str(path.relative_to(made)) for path in made.rglob("*") if path.is_file())
-        if out.is_dir():
-            out.rmdir()  # it is empty; not every system renames onto it
-        made.rename(out)
+        if place.is_dir():
+            place.rmdir()  # it is empty; not every system renames onto it
+        made.rename(place)
     removed = {
         kind: sum(getattr(before.block_counts, kind)) - sum(getattr(summary, kind)) for kind in ("heads", "neurons")
     }

@@ -16,12 +16,15 @@ from ..deploy.onnx_folder import export_folder
 from ..deploy.pooling import Pooling
 from ..deploy.squad_scoring import read_questions, squad_scores
 from .loading import load_answerer, load_model, local_folder, read_text_config
-from .printing import JsonOption, ModelArgument, show
+from .printing import JsonOption, ModelArgument, at_home, show
 
 
 def export(
     model: ModelArgument,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A file OUT.onnx, or a folder, that does not exist.")],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="A file OUT.onnx, or a folder, that does not exist.", callback=at_home),
+    ],
     folder: Annotated[
         bool, typer.Option("--folder", help="A folder for browsers and servers: onnx/model.onnx, config, tokenizer.")
     ] = False,
@@ -31,7 +34,10 @@ def export(
     ] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Quantize with ONNX Runtime, dynamically.")] = False,
     squad: Annotated[
-        Path | None, typer.Option(help="Questions with answers in SQuAD's JSON: give the scores in ONNX Runtime.")
+        Path | None,
+        typer.Option(
+            help="Questions with answers in SQuAD's JSON: give the scores in ONNX Runtime.", callback=at_home
+        ),
     ] = None,
     max_questions: Annotated[int | None, typer.Option(help="Of that file the first ones only.")] = None,
     as_json: JsonOption = False,

@@ -11,12 +11,14 @@ import typer
 from ..deploy.latency_tables import measure_latency
 from ..report.tables import markdown_table
 from .loading import DeviceOption, DtypeOption, load_model, read_config, read_device, read_dtype
-from .printing import JsonOption, show
+from .printing import JsonOption, at_home, show
 
 
 def latency(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="The dense model: a folder, or of the Hub.")],
-    out: Annotated[Path, typer.Argument(metavar="TABLE.json", help="A file that does not exist.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="The dense model: a folder, or of the Hub.", callback=at_home)
+    ],
+    out: Annotated[Path, typer.Argument(metavar="TABLE.json", help="A file that does not exist.", callback=at_home)],
     batch_size: Annotated[int, typer.Option(help="Sequences of a batch.")] = 1,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128,
     threads: Annotated[int | None, typer.Option(help="Threads of one operation. By default torch's number.")] = None,

@@ -12,6 +12,8 @@ import torch
 import transformers
 import typer
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import (
@@ -56,12 +58,15 @@ def read_dtype(name: str) -> torch.dtype:
 def quiet() -> Iterator[None]:
     """Progress bars and warnings of loading say nothing to who asked for a table."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    of_the_hub = hub_logging.get_verbosity()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # which tells of every new try
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(of_the_hub)
         if bars:
             logging.enable_progress_bar()
 
@@ -69,6 +74,8 @@ def quiet() -> Iterator[None]:
 def read_config(name: str) -> PreTrainedConfig:
     """The config of a supported family, from a folder or the Hub."""
     folder = Path(name)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{name} is a file. Give the folder with the model.")
     if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
         found = [str(path.parent) for path in sorted(folder.glob(f"*/{CONFIG_NAME}")) if _is_config(path)]
         inside = f" There are models in it: {', '.join(found)}." if found else ""
@@ -76,8 +83,11 @@ def read_config(name: str) -> PreTrainedConfig:
     # hf_oto's own classes: no code that came with a model runs.
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except OSError as error:
-        raise OSError(f"{name} is no folder, and no model that the Hub gives: {error}") from error
+    except (OSError, TypeError) as error:  # the latter of JSON that is no object
+        wrong = "is no folder, and no model that the Hub gives"
+        if folder.is_dir():
+            wrong = f"has a {CONFIG_NAME} that cannot be read"
+        raise OSError(f"{name} {wrong}: {error}") from error
     if dense_model_type(config.model_type) not in BLOCK_SPECS:
         raise ValueError(f"{name} is {refusal(config.model_type)}")
     return config
@@ -112,8 +122,25 @@ def model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
     return cast(type[PreTrainedModel], getattr(modeling_oto, base, None) or getattr(transformers, base, found))
 
 
+@contextmanager
+def _of_weights(name: str) -> Iterator[None]:
+    """Say whose weights they are that cannot be read, and why that may be."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights of {name} cannot be read ({error}). A file is empty, cut short, or a pointer of git-lfs: "
+            f"copy or download it again, as by `git lfs pull`."
+        ) from error
+
+
 def _weight_names(name: str) -> list[str]:
     """What a model's weights are called in its files; nothing where it has none."""
+    with _of_weights(name):
+        return _names_in_files(name)
+
+
+def _names_in_files(name: str) -> list[str]:
     for whole, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
         if (path := file_of(name, whole)) is not None:
             return list(load_state_dict(path, map_location="meta"))  # the names alone, and of tensors only
@@ -140,7 +167,9 @@ def load_model(name: str, config: PreTrainedConfig, dtype: torch.dtype | None = 
     options: dict[str, Any] = {"config": config, "output_loading_info": True}
     if dtype is not None:
         options["dtype"] = dtype
-    loaded: Any = model_class(config, name).from_pretrained(name, **options)
+    cls = model_class(config, name)
+    with _of_weights(name):
+        loaded: Any = cls.from_pretrained(name, **options)
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
@@ -153,7 +182,8 @@ def load_answerer(name: str, **options: Any) -> QuestionAnswerer:
     read_text_config(name)
     if file_of(name, "tokenizer_config.json") is None:
         raise ValueError(f"{name} has no tokenizer_config.json. Save the tokenizer with the model.")
-    return QuestionAnswerer.from_pretrained(name, **options)
+    with _of_weights(name):
+        return QuestionAnswerer.from_pretrained(name, **options)
 
 
 def local_folder(name: str) -> Path:

@@ -19,7 +19,6 @@ def folder_beside(target: Path) -> Iterator[Path]:
     folder goes at the end, with all that was not moved, and with it those of processes that were killed.
     """
     missing = [parent for parent in target.parents if not parent.exists()]  # the deepest first
-    target.parent.mkdir(parents=True, exist_ok=True)
     start = f".{target.name}{UNFINISHED}"
     for left in target.parent.glob(f"{escape(start)}*"):
         number = left.name.removeprefix(start)
@@ -27,8 +26,8 @@ def folder_beside(target: Path) -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)
     folder = target.with_name(f"{start}{os.getpid()}")
     shutil.rmtree(folder, ignore_errors=True)  # of another process that had this number
-    folder.mkdir()
     try:
+        folder.mkdir(parents=True)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -30,13 +30,14 @@ from typer.testing import CliRunner
 
 from hf_oto import HSPG, OTOConfig, QuestionAnswerer, partition, summarize
 from hf_oto.cli.app import COMMANDS as APP_COMMANDS
-from hf_oto.cli.app import app
+from hf_oto.cli.app import app, main
 from hf_oto.deploy import benchmark
 from hf_oto.deploy.answering import OnnxAnswerer
 from hf_oto.deploy.benchmark import measure
 from hf_oto.deploy.onnx_export import export_onnx, inference_session
 from hf_oto.hspg.budget import reach
 from hf_oto.models.configuration_oto import BLOCK_SPECS
+from hf_oto.models.folders import UNFINISHED
 from hf_oto.models.surgery import compress
 from hf_oto.report.card import card_section
 
@@ -241,6 +242,32 @@ def test_a_target_of_one_structure_leaves_the_other_alone(tmp_path):
     found = answered("inspect", tmp_path, "--target-sparsity", 0.5, "--structures", "neurons", "--round-to", 1)
     assert found["target"]["total"] == 72 * 65 and found["target"]["budget"] == 36 * 65
     assert all(sum(one["heads"]) == 12 and sum(one["neurons"]) == 36 for one in found["target"]["leaves"].values())
+
+
+def rows_of(text):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+
+
+def test_inspect_says_what_a_uniform_target_leaves(tmp_path):
+    """Every block alike, and within the budget by less than one more cut of all blocks would take."""
+    saved(tmp_path / "bert")
+    options = ["--target-sparsity", 0.5, "--uniform", "--min-neurons", 4, "--round-to", 4]
+    found = answered("inspect", tmp_path / "bert", *options, "--structures", "neurons")["target"]
+    assert found["uniform"] is True and found["budget"] == 72 * 65 // 2
+    assert all(one["heads"] == [4] * 3 and one["neurons"] == [12] * 3 for one in found["leaves"].values())
+    text = run("inspect", tmp_path / "bert", *options, "--structures", "neurons").stdout
+    *_, head, _, row = rows_of(text)
+    assert head[:3] == ["", "heads", "neurons"] and row[:3] == ["", "3 x 4", "3 x 12"]  # one outcome, one row
+    assert "Training finds which groups go; every block would keep as many\n" in text
+    assert "needs `structures`=('neurons',)" in refused("inspect", tmp_path / "bert", *options)
+    saved(tmp_path / "qwen3", "Qwen3ForCausalLM")  # a head that two queries read owns 1,536 weights, a neuron 96
+    found = answered("inspect", tmp_path / "qwen3", *options)["target"]
+    assert found["budget"] == 3 * (4 * 1536 + 24 * 96) // 2
+    kept = {name: (one["heads"], one["neurons"]) for name, one in found["leaves"].items()}
+    assert kept["neurons first"] == kept["evenly"] == ([3] * 3, [4] * 3)
+    assert kept["heads first"] == ([2] * 3, [12] * 3)
+    *_, first, _, third = rows_of(run("inspect", tmp_path / "qwen3", *options).stdout)
+    assert [first[:3], third[:3]] == [["heads first", "3 x 2", "3 x 12"], ["neurons first", "3 x 3", "3 x 4"]]
 
 
 def test_what_cannot_be_inspected_is_refused(tmp_path):
@@ -878,3 +905,161 @@ def test_what_cannot_be_answered_is_refused(reader, tmp_path):
 
 def test_every_family_has_a_test_here():
     assert {family_of(name) for name in EVERY} == set(BLOCK_SPECS)
+
+
+# Names, pipes and interruptions as they come.
+
+
+def test_a_tilde_in_words_is_the_home_folder(tmp_path, monkeypatch):
+    """Shells leave it in quotes and after `=`. A folder of that name would go by `rm -r ~`, and more with it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    saved("checkpoint", zeros=True, vocab_size=len(wordpiece()))
+    wordpiece().save_pretrained("checkpoint")
+    made_table(partition(tiny_model(BERT))).save("table.json")
+    answered("compress", "~/checkpoint", "~/small")
+    options = ["--target-unit", "latency", "--latency-table=~/table.json"]
+    assert answered("inspect", "~/small")["heads"] == answered("inspect", "~/checkpoint", "--weights")["heads"]
+    assert answered("inspect", "~/checkpoint", *options)["latency"]
+    timing = ["--sequence-length", 8, "--repeats", 1]
+    answered("latency", "~/checkpoint", "~/measured.json", *timing, "--threads", 1)
+    answered("bench", "~/checkpoint", "~/small", *timing)
+    (tmp_path / "page.txt").write_text("~/ is home", encoding="utf-8")
+    found = answered("answer", "~/checkpoint", "--question", "~/?", "--context-file=~/page.txt")["questions"][0]
+    assert found["question"] == "~/?"
+    assert "questions.json" in refused("export", "~/checkpoint", "~/x.onnx", "--squad=~/questions.json")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("checkpoint", "small", "table.json", "measured.json", "page.txt")
+    }
+
+
+def test_nothing_is_no_name(tmp_path, monkeypatch):
+    """As of a variable of the shell that is not set: not the current folder."""
+    saved(tmp_path, zeros=True)
+    monkeypatch.chdir(tmp_path)
+    for command in (["inspect", ""], ["compress", "", "out"], ["bench", "", "."], ["latency", "", "out"]):
+        assert "It must be a folder or a name, got nothing." in refused(*command)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_is_no_model(tmp_path):
+    saved(tmp_path, zeros=True)
+    assert "config.json is a file. Give the folder with the model." in refused("inspect", tmp_path / "config.json")
+
+
+def test_where_links_lead_is_where_the_model_goes(tmp_path, monkeypatch):
+    """An empty folder on another disk, and one that is not made yet. The folder that one is in stays."""
+    checkpoint = tmp_path / "checkpoint"
+    saved(checkpoint, zeros=True)
+    (tmp_path / "disk").mkdir()
+    for link, target in (("linked", "disk"), ("later", "made")):
+        (tmp_path / link).symlink_to(target)
+        assert answered("compress", checkpoint, tmp_path / link)["out"] == str(tmp_path / link)
+        assert (tmp_path / link).is_symlink() and (tmp_path / target / "model.safetensors").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert "OUT . is the current folder. Choose one in it." in refused("compress", checkpoint, ".")
+    answered("compress", checkpoint, "small")
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["small"]
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\nsize 5\n", None])
+def test_weights_that_are_none_are_refused_by_name(content, tmp_path):
+    saved(tmp_path / "model", zeros=True)
+    wordpiece().save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000] if content is None else content)
+    for command in (["compress", tmp_path / "model", tmp_path / "out"], ["inspect", tmp_path / "model", "--weights"]):
+        error = refused(*command)
+        assert f"The weights of {tmp_path / 'model'} cannot be read" in error and "`git lfs pull`" in error
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", b'{"model_type": "b\xe9rt"}'])
+def test_configs_that_are_none_are_refused_by_name(content, tmp_path):
+    saved(tmp_path, zeros=True)
+    settings = tmp_path / "oto_config.json"
+    settings.write_bytes(content)
+    assert str(settings) in refused("compress", tmp_path, tmp_path / "out")
+    settings.unlink()
+    (tmp_path / "config.json").write_bytes(content)
+    assert str(tmp_path) in (error := refused("inspect", tmp_path)) and "no folder" not in error
+
+
+def child(args, reader, encoding):
+    """What a command does in a process of its own, as the entry point runs it: its exit status and standard error."""
+    code = "import sys; from hf_oto.cli.app import main; main()"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "PYTHONIOENCODING": encoding}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    out = process.stdout.read() if reader else process.stdout.close()
+    error = process.stderr.read().decode()
+    return process.wait(), out, error
+
+
+def test_whoever_reads_may_stop_and_may_read_in_another_encoding(tmp_path):
+    """As `| head` and `| true` do, and a pipe of Windows."""
+    folder = tmp_path / "modèle"
+    saved(folder)
+    status, _, error = child(["inspect", folder], reader=False, encoding="utf-8")
+    assert (status, error) == (1, "")
+    status, out, error = child(["inspect", folder, "--json"], reader=True, encoding="ascii")
+    assert (status, error) == (0, "") and json.loads(out)["model"] == str(folder)
+
+
+def test_tables_are_printed_in_any_encoding(tmp_path, monkeypatch):
+    folder = tmp_path / "modèle"
+    saved(folder, zeros=True)
+    result = CliRunner(charset="ascii").invoke(app, ["compress", str(folder), str(tmp_path / "petit modèle")])
+    assert result.exit_code == 0 and "petit mod\\xe8le: removed 7 heads" in result.stdout
+
+
+def test_trying_again_is_not_told(tmp_path, monkeypatch):
+    """Of the Hub's client, which warns before every new try: the error comes once, at the end."""
+    client = importlib.import_module("huggingface_hub.utils").logging.get_logger("huggingface_hub.utils._http")
+
+    def unreachable(*args, **kwargs):
+        client.warning("Retrying in 1s [Retry 1/5].")
+        raise OSError("We couldn't connect")
+
+    monkeypatch.setattr("hf_oto.cli.loading.AutoConfig.from_pretrained", unreachable)
+    told = []
+    handler = importlib.import_module("logging").Handler()
+    handler.emit = told.append
+    client.addHandler(handler)
+    try:
+        assert "We couldn't connect" in refused("inspect", "nobody/nothing")
+        assert told == []
+        client.warning("as loud as before")
+        assert len(told) == 1
+    finally:
+        client.removeHandler(handler)
+
+
+def test_an_interruption_leaves_nothing_behind(tmp_path, monkeypatch):
+    """As soon as the folder is there in which the model is made; and before a command runs it prints nothing."""
+    saved(tmp_path / "checkpoint", zeros=True)
+    make = Path.mkdir
+
+    def interrupted(path, *args, **kwargs):
+        make(path, *args, **kwargs)
+        if UNFINISHED in path.name:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "mkdir", interrupted)
+        result = run("compress", tmp_path / "checkpoint", tmp_path / "new" / "small")
+    assert result.exit_code == 130 and list(tmp_path.iterdir()) == [tmp_path / "checkpoint"]
+
+    def before():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_oto.cli.app.app", before)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
