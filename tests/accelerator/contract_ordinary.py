@@ -10,7 +10,7 @@ import pytest
 import torch
 from contract_models import CONFIG, STEPS, gradients
 from families import counts, made_table, tiny_model, training_batch
-from transformers import Adafactor, Trainer, TrainingArguments
+from transformers import Adafactor, Trainer, TrainerCallback, TrainingArguments
 from waiting import waits
 
 from hf_oto import HSPG, OTOConfig, OTOTrainer, compress, partition, shrink
@@ -30,11 +30,13 @@ def made(model, base=torch.optim.AdamW, steps=STEPS, **settings):
     return HSPG(base(model.named_parameters(), lr=1e-3), partition(model), config, steps)
 
 
-def trainer(model, folder, device, data=({},), teacher_model=None, **options):
+def trainer(
+    model, folder, device, data=({},), teacher_model=None, kind=OTOTrainer, callbacks=(), steps=STEPS, **options
+):
     place = {"use_cpu": device.type == "cpu", "dataloader_pin_memory": device.type == "cuda"}
-    arguments = TrainingArguments(str(folder), max_steps=STEPS, report_to=[], **place, **options)
-    data = list(data)
-    return OTOTrainer(model=model, args=arguments, train_dataset=data, oto_config=CONFIG, teacher_model=teacher_model)
+    arguments = TrainingArguments(str(folder), max_steps=steps, report_to=[], **place, **options)
+    own = {"oto_config": CONFIG, "teacher_model": teacher_model} if kind is OTOTrainer else {}
+    return kind(model=model, args=arguments, train_dataset=list(data), callbacks=list(callbacks), **own)
 
 
 def move(model, optimizer, device):
@@ -215,6 +217,43 @@ def test_the_scale_of_half_precision_is_not_waited_for(device, tmp_path, monkeyp
     monkeypatch.setattr(HSPG, "observe", observing)
     taken.train()
     assert taken.hspg.target_reached and [list(one) for one in noted] == [[]] * STEPS
+
+
+class Waiting(TrainerCallback):
+    """How often the host waits in each step of a training, by whether HSPG's is an ordinary one."""
+
+    def __init__(self, device):
+        self.device, self.trainer, self.found = device, None, {True: [], False: []}
+
+    def on_step_begin(self, *args, **kwargs):
+        hspg = getattr(self.trainer, "hspg", None)
+        self.ordinary, self.open = hspg is None or is_ordinary(hspg), contextlib.ExitStack()
+        self.noted = self.open.enter_context(waits(self.device))
+
+    def on_step_end(self, *args, **kwargs):
+        self.open.close()
+        self.found[self.ordinary].append(len(self.noted))
+
+
+def test_a_trainings_step_waits_once_more_than_trainers(device, tmp_path):
+    """To see whether the gradients' norm is a number, before they change the weights; a teacher's forward, again."""
+    name = "BertForTokenClassification"
+    rows = training_batch(tiny_model(name, num_hidden_layers=2), size=8)
+    data, numbers = [{key: value[row] for key, value in rows.items()} for row in range(8)], []
+    for kind, teacher in ((Trainer, None), (OTOTrainer, None), (OTOTrainer, tiny_model(name, seed=1))):
+        watch = Waiting(device)
+        options = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+        model = tiny_model(name, num_hidden_layers=2)
+        taken = trainer(model, tmp_path, device, data, teacher, kind=kind, callbacks=[watch], steps=40, **options)
+        watch.trainer = taken
+        taken.train()
+        assert len(watch.found[True]) > 20
+        numbers.append(set(watch.found[True]))
+    (plain,), (pruned,), (taught,) = numbers
+    inputs = {key: value.to(device) for key, value in rows.items()}
+    with torch.no_grad(), waits(device) as forward:
+        taken.model(**inputs)
+    assert device.type == "cpu" or (pruned, taught) == (plain + 1, plain + 1 + len(forward))
 
 
 # What is learnt from a teacher.

@@ -32,6 +32,19 @@ def test_a_part_that_dies_costs_itself(tmp_path, monkeypatch, capsys):
     assert shown.count("FAILED exit status 1") == 2 and "runs" in shown and "latency" in shown
 
 
+@pytest.mark.parametrize(("seen", "used"), [(None, "0"), ("2,3", "2"), ("GPU-8f", "GPU-8f")])
+def test_of_several_gpus_one_is_used(seen, used, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(gpu, "_ended", lambda command, environment, seconds: started.append(environment))
+    if seen is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    for device in ("cuda", "cpu"):
+        gpu.main(["--device", device, "--parts", "runs", "--output", str(tmp_path / "found.jsonl")])
+    assert [environment.get("CUDA_VISIBLE_DEVICES") for environment in started] == [used, seen]
+
+
 def test_numbers_stand_beside_their_bars(capsys):
     gpu.show(
         [

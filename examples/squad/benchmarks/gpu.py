@@ -615,6 +615,8 @@ def main(arguments: list[str] | None = None) -> int:
         command += ["--device", options.device]
         command += ["--output", str(options.output), *(["--small"] if options.small else [])]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if options.device == "cuda":  # of several the first: one process that sees more would use DataParallel
+            environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
         if options.small:  # threads that wait for each other take a hundred times as long where others work, too
             environment.setdefault("OMP_NUM_THREADS", "1")
         error = _ended(command, environment, 1.15 * budget + 5)
