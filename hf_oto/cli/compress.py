@@ -16,7 +16,7 @@ from ..models.configuration_oto import PRUNED_PREFIX
 from ..models.folders import folder_beside
 from ..models.groups import partition
 from ..models.surgery import compress as cut
-from ..report.card import as_plain, rewrite
+from ..report.card import as_plain, as_pruned, rewrite
 from ..report.summary import summarize
 from .loading import load_model, local_folder, read_config
 from .printing import JsonOption, at_home, show
@@ -66,8 +66,7 @@ def compress(
         made = folder / "model"
         small.save_pretrained(made)
         copy_beside_weights(source, made)
-        if plain:
-            rewrite(made / "README.md", as_plain)
+        rewrite(made / "README.md", as_plain if plain else as_pruned)
         files = sorted(str(path.relative_to(made)) for path in made.rglob("*") if path.is_file())
         if place.is_dir():
             place.rmdir()  # it is empty; not every system renames onto it

@@ -265,7 +265,8 @@ def _supported(model: nn.Module) -> tuple[Any, BlockSpec, str]:
     if hasattr(model, "peft_config"):
         raise ValueError(
             f"`model` must not have adapters, got {type(model).__name__}: its own weights are frozen, or no longer "
-            f"alone. Pass `model.merge_and_unload().requires_grad_()`, or add adapters to the compressed model."
+            f"alone. Pass `model.merge_and_unload().requires_grad_()` (where `add_adapter` made them, "
+            f"`PeftModel.from_pretrained(dense, folder)` can), or add adapters to the compressed model."
         )
     family = dense_model_type(model_type)
     spec = BLOCK_SPECS.get(family)

@@ -53,12 +53,19 @@ There are no weights beside it. ONNX Runtime, Transformers.js and fastembed read
 """
 
 # Upstream's own line in the cards of sentence-transformers, with or without what a pruned class needs.
-_BY_WEIGHTS = re.compile(rf'\b(SentenceTransformer|CrossEncoder|SparseEncoder)\(("[^"]*")({_TRUSTING})?\)')
+_EMBEDDERS = "SentenceTransformer|CrossEncoder|SparseEncoder|MultiVectorEncoder"
+_BY_WEIGHTS = re.compile(rf'\b({_EMBEDDERS})\(("[^"]*")({_TRUSTING})?\)')
 
 
 def as_plain(card: str) -> str:
     """A card whose section on loading is that of a model of the family's own class, where it has such a section."""
-    return _with_loading(card, lambda found: found.replace(_TRUSTING, "").replace(_WITH_CODE, _WITHOUT_CODE))
+    found = _with_loading(card, lambda found: found.replace(_TRUSTING, "").replace(_WITH_CODE, _WITHOUT_CODE))
+    return _BY_WEIGHTS.sub(r"\1(\2)", found)
+
+
+def as_pruned(card: str) -> str:
+    """A card whose lines of sentence-transformers, where it has such, run the code of a pruned class."""
+    return _BY_WEIGHTS.sub(rf"\1(\2{_TRUSTING})", card)
 
 
 def as_onnx(card: str, *, pooled: bool = False) -> str:
@@ -69,7 +76,7 @@ def as_onnx(card: str, *, pooled: bool = False) -> str:
 
 
 def rewrite(card: Path, to: Callable[[str], str]) -> None:
-    """Put [`as_plain`] or [`as_onnx`] of a card in its place, if there is one. The rest stays, byte by byte."""
+    """Put what [`as_plain`] or another makes of a card in its place, if there is one. The rest stays, byte by byte."""
     if card.is_file():
         text = card.read_bytes().decode("utf-8", "surrogateescape")
         card.write_bytes(to(text).encode("utf-8", "surrogateescape"))

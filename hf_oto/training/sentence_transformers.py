@@ -56,7 +56,7 @@ class _PruningTrainer(OTOTrainer):
     evaluator: Any
     loading_class = ""
     model_class: Any  # upstream's: what it trains
-    _metric_remedy = "let an `evaluator` return it; 'eval_loss' takes an `eval_dataset`"
+    _metric_remedy = "let an `evaluator` return it; 'eval_loss' takes an `eval_dataset` that is no dict of them"
 
     def __init__(
         self,
@@ -116,6 +116,13 @@ class _PruningTrainer(OTOTrainer):
                     f"`loss`{named} ({type(loss).__name__}) was made over another {held[0]} than `model`, which it "
                     f"would leave as it is. Make the loss over `model`."
                 )
+        trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        if mine.isdisjoint(trained) and any(parameter.requires_grad for parameter in mine):
+            raise ValueError(
+                f"`loss` ({', '.join(type(loss).__name__ for loss in self._losses().values())}) does not have `model` "
+                f"among its modules, over whose weights the optimizer is made: nothing of the model would be trained. "
+                f"Keep it in the loss, as `self.model = model` does."
+            )
         super()._attach(optimizer, total_steps)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -394,11 +394,21 @@ def test_the_card_of_a_plain_model_tells_to_load_it_without_code(tmp_path):
     small = compress(model)
     small.save_pretrained(tmp_path / "small")
     before, after = b"# Mine \xff\r\n, trust_remote_code=True)\n", "## Rest\n\nmodel(trust_remote_code=True)\n"
+    lines = {plain: f'CrossEncoder("it"{"" if plain else ", trust_remote_code=True"})\n' for plain in (False, True)}
     told = {plain: card_section(summarize(small), repo_id="me/it", plain=plain) for plain in (False, True)}
-    (tmp_path / "small" / "README.md").write_bytes(before + (told[False] + after).encode())
+    (tmp_path / "small" / "README.md").write_bytes(before + (told[False] + after + lines[False]).encode())
     answered("compress", tmp_path / "small", tmp_path / "plain", "--plain")
-    assert (tmp_path / "plain" / "README.md").read_bytes() == before + (told[True] + after).encode()
+    assert (tmp_path / "plain" / "README.md").read_bytes() == before + (told[True] + after + lines[True]).encode()
     assert "trust_remote_code" not in told[True] and 'from_pretrained("me/it")' in told[True]
+
+
+def test_the_card_of_an_embedding_model_that_was_cut_tells_to_load_it_with_its_code(tmp_path):
+    saved(tmp_path / "full", zeros=True)
+    line = 'model = SentenceTransformer("sentence_transformers_model_id"'
+    (tmp_path / "full" / "README.md").write_text(f"# Mine\n\n{line})\n", encoding="utf-8")
+    answered("compress", tmp_path / "full", tmp_path / "small")
+    card = (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
+    assert card == f"# Mine\n\n{line}, trust_remote_code=True)\n"
 
 
 def test_compress_says_what_went_and_takes_an_empty_folder(tmp_path):

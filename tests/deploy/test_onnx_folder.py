@@ -188,6 +188,7 @@ def test_the_card_beside_it_tells_to_load_the_graph(tmp_path):
     small = small_folder(tmp_path / "small", "BertForQuestionAnswering")
     own = b"# Mine \xff\r\n\n"
     lines = 'SentenceTransformer("me/it", trust_remote_code=True)\nCrossEncoder("me/it")\n'
+    lines += 'MultiVectorEncoder("me/it")\n'
     section = card_section(summarize(small), repo_id="me/it")
     (tmp_path / "small" / "README.md").write_bytes(own + (section + "## Rest\n\n" + lines).encode())
     export_folder(small, tmp_path / "out", tmp_path / "small")
@@ -195,8 +196,7 @@ def test_the_card_beside_it_tells_to_load_the_graph(tmp_path):
     assert card.startswith(own + section.partition("## How to load it")[0].encode())
     told = card.removeprefix(own).decode().partition("## How to load it")[2]
     assert 'InferenceSession("onnx/model.onnx")' in told and "from_pretrained" not in told and "trust" not in told
-    assert told.endswith(
-        '## Rest\n\nSentenceTransformer("me/it", backend="onnx")\nCrossEncoder("me/it", backend="onnx")\n'
-    )
+    kinds = ("SentenceTransformer", "CrossEncoder", "MultiVectorEncoder")
+    assert told.endswith("## Rest\n\n" + "".join(f'{kind}("me/it", backend="onnx")\n' for kind in kinds))
     pooled = as_onnx(section + "## Rest\n\n" + lines, pooled=True)
     assert pooled.endswith("## Rest\n\n" + lines) and 'InferenceSession("onnx/model.onnx")' in pooled

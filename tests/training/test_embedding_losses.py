@@ -145,6 +145,30 @@ def test_a_loss_over_another_model_is_refused(tmp_path):
     assert trainer.state.global_step == 0
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_a_loss_that_has_no_model_is_refused_by_name(own, tmp_path):
+    class Hidden(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.models, self.scale = [model], nn.Linear(1, 1) if own else nn.Identity()
+
+        def forward(self, features, labels):
+            first, second = (self.models[0](feature)["sentence_embedding"] for feature in features)
+            alike = nn.functional.cosine_similarity(first, second)[:, None]
+            return (self.scale(alike)[:, 0] - labels.float()).square().mean()
+
+    model = embedder(tmp_path / "encoder")
+    trainer = make(tmp_path / "run", model, scored(), Hidden(model))
+    with pytest.raises(ValueError, match=r"`loss` \(Hidden\) does not have `model` among its modules"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    # An optimizer of the user's own may have the model's weights.
+    mine = torch.optim.AdamW([*model.parameters(), *trainer.loss.parameters()], lr=1e-3)
+    trainer = make(tmp_path / "run", model, scored(), Hidden(model), extra={"optimizers": (mine, None)})
+    trainer.train()
+    assert trainer.hspg.target_reached
+
+
 def test_a_loss_that_is_made_when_the_model_is(tmp_path):
     trainer = OTOSentenceTransformerTrainer(
         model_init=lambda: embedder(tmp_path / "encoder"),
