@@ -70,7 +70,12 @@ def test_a_run_saves_what_it_trained_and_resumes(name, shrinks, device, tmp_path
     trainer = make(tmp_path / "run", name, device, copy.deepcopy(teacher), shrink_during_training=shrinks)
     if not shrinks:  # drawing takes longer than training
         monkeypatch.setattr(trainer, "_pictures", lambda small=None: {})
+    computed = set()
+    if teacher is not None:
+        heads = [module for module in trainer.teacher_model.modules() if isinstance(module, torch.nn.Linear)]
+        heads[-1].register_forward_hook(lambda module, inputs, output: computed.add(output.dtype))
     trainer.train()
+    assert computed == (set() if teacher is None else {getattr(torch, PRECISION)})  # as the model in training
     model, hspg = trainer.model, trainer.hspg
     assert {parameter.device for parameter in model.parameters()} == {device} and hspg.target_reached
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())

@@ -35,8 +35,21 @@ def accelerators():
 def test_contracts_hold(device, contract):
     if contract.stem == "contract_stand_in" and device != "standin":
         pytest.skip("of the stand-in alone")
+    hold(device, contract)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", accelerators())
+def test_a_training_in_half_precision_holds(device):
+    """Under the device's own autocast, of one family: that of them all is for a GPU."""
+    training = Path(__file__).with_name("contract_training.py")
+    run = f"{training}::test_a_run_saves_what_it_trained_and_resumes[BertForQuestionAnswering-shrunk]"
+    hold(device, run, HF_OTO_TEST_PRECISION="bfloat16")
+
+
+def hold(device, contract, **settings):
     command = [sys.executable, "-m", "pytest", str(contract), "-q", "--tb=short", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "HF_OTO_TEST_DEVICE": device}  # from which the conftest makes the rest
+    environment = {**os.environ, "HF_OTO_TEST_DEVICE": device, **settings}  # from which the conftest makes the rest
     done = subprocess.run([*command, "-p", "no:xdist"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-20_000:]}\n{done.stderr[-2000:]}"
 

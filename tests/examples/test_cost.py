@@ -35,6 +35,15 @@ def test_a_tiny_benchmark_measures_every_stage(tmp_path, capsys):
     assert all(f"optimizer's step, {stage}" in shown for stage in cost.STAGES) and "whole run, 50%" in shown
 
 
+def test_the_device_that_is_timed_is_waited_for(monkeypatch):
+    """Of several GPUs not the first."""
+    order = []
+    monkeypatch.setattr(cost.torch.accelerator, "synchronize", order.append)
+    for device in ("cuda:1", "cpu"):
+        assert cost.seconds(lambda: order.append("work"), device) >= 0
+    assert order == ["cuda:1", "work", "cuda:1", "work"]
+
+
 def test_the_mean_step_counts_those_at_rest():
     """Of 11,000 steps 1,650 are warm-up, of which 227 before the selection at their end are looked at."""
     ratios = {"warmup": 2.0, "pruning": 5.0, "selection": 9.0, "recovery": 0.5}

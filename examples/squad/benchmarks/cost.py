@@ -79,11 +79,11 @@ def batch(size: int, length: int, device: str) -> dict[str, torch.Tensor]:
 
 def seconds(action: Callable[[], Any], device: str) -> float:
     if device != "cpu":
-        torch.cuda.synchronize()
+        torch.accelerator.synchronize(device)
     start = time.perf_counter()
     action()
     if device != "cpu":
-        torch.cuda.synchronize()
+        torch.accelerator.synchronize(device)
     return time.perf_counter() - start
 
 
@@ -280,7 +280,7 @@ def memory_of(options: argparse.Namespace) -> int:
         optimizer.step()
         optimizer.zero_grad()
     if options.device != "cpu":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(options.device)
     status = Path("/proc/self/status")
     if status.is_file():  # where `ru_maxrss` begins with what the process that started this one had
         line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
