@@ -56,7 +56,8 @@ class PruningTrainer(TaughtTrainer):
         oto_config ([`OTOConfig`], *optional*): The settings of the compression; all defaults if `None`.
     """
 
-    _metric_remedy = "let `compute_metrics` return it"  # what gives an evaluation another metric
+    # What gives an evaluation another metric.
+    _metric_remedy = "let `compute_metrics` return it, which is called where batches have what `label_names` names"
 
     def __init__(
         self,
@@ -146,12 +147,11 @@ class PruningTrainer(TaughtTrainer):
 
     def _check_part(self, part: PreTrainedModel, config: OTOConfig | None) -> None:
         """Refuse what cannot be pruned and, unless the model is only used, what cannot be trained to the target."""
-        settings = part.config.to_dict()
         if part is not self._checked:
             check_compressible(part)
-        elif settings != self._checked_settings:
+        elif part.config.to_dict() != self._checked_settings:
             check_settings(part, self._checked_settings)
-        self._checked, self._checked_settings = part, settings
+        self._checked, self._checked_settings = part, part.config.to_dict()
         if config is not None and not budget.is_reached(partition(part), config):  # a finished model may be evaluated
             check_trainable(part, config)
 
