@@ -240,7 +240,22 @@ def check_target(partition: Partition, config: OTOConfig) -> None:
 
 
 def check_milestones(partition: Partition, config: OTOConfig) -> None:
-    """Refuse milestones that a model which was pruned before has behind it: what is kept there would be smaller."""
+    """
+    Refuse milestones that a model which was pruned before has behind it, as what is kept there would be smaller, and
+    those between which not even the smallest cut fits, as two sizes would be one.
+    """
+    if not config.milestones:
+        return
+    sizes = (*config.milestones, config.target_sparsity or 0.0)
+    limits = reach(partition, config)
+    apart = 0 if config.target_unit == "latency" else limits.cheapest  # by a table later cuts may be cheaper
+    for low, high in zip(sizes, sizes[1:], strict=False):
+        if allowance(high, limits.total) - allowance(low, limits.total) < apart:
+            raise ValueError(
+                f"`milestones`={config.milestones}: from {low:g} to {high:g} of {config.target_unit} is less than the "
+                f"smallest cut takes, {math.ceil(limits.cheapest / limits.total * 1e4) / 1e4}, so that two sizes "
+                f"would be one. Leave one of them out."
+            )
     for share in config.milestones:
         if is_reached(partition, replace(config, target_sparsity=share, milestones=())):
             found = reach(partition, config)

@@ -67,7 +67,9 @@ class Schedule:
             `ValueError`: There is no step of pruning in the run, or in one of its legs.
         """
         if total_steps < 1:
-            raise ValueError(f"`total_steps` must be at least 1, got {total_steps}.")
+            raise ValueError(
+                f"`total_steps` must be at least 1, got {total_steps}: nothing would be trained. Train longer."
+            )
         first = config.pruning_start_ratio
         if config.target_sparsity is None:
             return cls(total_steps, (Leg(0.0, 0.0, 0, (round(first * total_steps),), total_steps),))

@@ -83,6 +83,23 @@ def test_a_milestone_that_the_model_has_behind_it_is_refused():
     HSPG(base, partition(model), replace(CONFIG, milestones=(0.45,)), STEPS)
 
 
+@pytest.mark.parametrize(
+    ("milestones", "low", "high"), [((0.3, 0.301, 0.5), 0.3, 0.301), ((0.3, 0.59), 0.59, 0.6), ((0.595,), 0.595, 0.6)]
+)
+def test_sizes_between_which_no_cut_fits_are_refused(milestones, low, high):
+    """Four neurons of a block, 260 of the 17,256 weights, are the least that goes."""
+    rule = (
+        rf"from {low} to {high} of params is less than the smallest cut takes, 0.0151, so that two sizes would be one"
+    )
+    with pytest.raises(ValueError, match=rule):
+        begin(replace(CONFIG, milestones=milestones))
+    begin(replace(CONFIG, milestones=(0.3, 0.584)))
+    neurons = {"uniform": True, "structures": ("neurons",)}  # of every block, a sixth of all neurons
+    begin(replace(CONFIG, milestones=(0.25, 0.43), **neurons))
+    with pytest.raises(ValueError, match="from 0.3 to 0.46 of params is less than the smallest cut takes, 0.1667"):
+        begin(replace(CONFIG, milestones=(0.3, 0.46), **neurons))
+
+
 def test_another_runs_milestones_are_refused():
     _, optimizer = begin(CONFIG)
     _, other = begin(replace(CONFIG, milestones=()))
