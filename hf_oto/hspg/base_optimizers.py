@@ -145,8 +145,15 @@ def makes_state(optimizer: Optimizer, owned: Mapping[str, Tensor]) -> bool:
     gradients = [local(each.grad) for group in groups for each in group["params"] if each.grad is not None]
     if not gradients:
         return False
-    # Some ranks' shards have no rows.
+    # Some ranks' shards have no rows, and what no group owns a part of may be on another device.
     held = [gradient for gradient in gradients if gradient.numel()] or [gradients[0].new_zeros(1)]
-    found = torch.stack([norm.float() for norm in torch._foreach_norm(held, ord=torch.inf)]).ne(0).sum()
+    device = local(next(iter(owned.values()))).device
+    places = dict.fromkeys(gradient.device for gradient in held)
+    norms = [
+        norm.float().to(device)
+        for place in places
+        for norm in torch._foreach_norm([one for one in held if one.device == place], ord=torch.inf)
+    ]
+    found = torch.stack(norms).ne(0).sum()
     sum_over_shards(found, owned.values())
     return not bool(found)
