@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -156,10 +157,21 @@ def read_text_config(name: str) -> PreTrainedConfig:
     return config
 
 
+def _pooler_options(cls: type[PreTrainedModel], name: str) -> dict[str, Any]:
+    """An encoder that was saved without the pooler that its class makes by itself goes without."""
+    made = [vars(one)["__init__"] for one in cls.__mro__ if "__init__" in vars(one)]
+    if not any("add_pooling_layer" in inspect.signature(each).parameters for each in made):
+        return {}
+    names = [one.removeprefix(f"{cls.base_model_prefix}.") for one in _weight_names(name)]
+    lacks = names and not any(one.startswith("pooler.") for one in names)
+    return {"add_pooling_layer": False} if lacks else {}
+
+
 def empty_model(name: str, config: PreTrainedConfig) -> PreTrainedModel:
     """The model on the meta device: its shapes, no weights."""
+    cls: Any = model_class(config, name)
     with torch.device("meta"):
-        model = model_class(config, name)(config)
+        model = cls(config, **_pooler_options(cls, name))
     return model if config.dtype is None else cast(Any, model).to(config.dtype)
 
 
@@ -169,7 +181,7 @@ def load_model(name: str, config: PreTrainedConfig, dtype: torch.dtype | None = 
         options["dtype"] = dtype
     cls = model_class(config, name)
     with _of_weights(name):
-        loaded: Any = cls.from_pretrained(name, **options)
+        loaded: Any = cls.from_pretrained(name, **options, **_pooler_options(cls, name))
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ValueError(

@@ -158,3 +158,11 @@ def _check_places(files: Path, target: Path) -> None:
             raise ValueError(f"{blocked[0]} is a file where a folder has to go. Move it, or save elsewhere.")
         if (target / path).is_dir():
             raise ValueError(f"{target / path} is a folder where a file has to go. Move it, or save elsewhere.")
+
+
+def share_code(folder: Path) -> None:
+    """Put the code of an encoder in a folder of its own also at the top, where alone Transformers looks for it."""
+    for name in CODE:
+        for found in sorted(folder.glob(f"*/**/{name}"))[:1]:
+            if not (folder / name).exists():
+                shutil.copyfile(found, folder / name)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
@@ -18,12 +17,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from ..models import configuration_oto, modeling_oto
 from ..report.card import CAPTIONS, card_section
 from ..report.milestones import sizes_picture
 from ..report.pictures import training_entries
 from ..report.summary import summarize
 from .checkpoints import name_of
+from .saving import share_code
 from .trainer import OTOTrainer
 
 try:
@@ -164,7 +163,7 @@ class _PruningTrainer(OTOTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self._output_dir)
-        _share_code(folder)
+        share_code(folder)
         if self._checkpoints_folder is None:
             self._complete_card(folder)
         else:
@@ -238,14 +237,6 @@ def _holds(path: Path, tensors: Mapping[str, Tensor]) -> bool:
     if {name: tensor.dtype for name, tensor in saved.items()} != {name: t.dtype for name, t in tensors.items()}:
         return False
     return all(torch.equal(saved[name], tensor.cpu()) for name, tensor in tensors.items())
-
-
-def _share_code(folder: Path) -> None:
-    """Put the code of an encoder in a folder of its own, as that of a `Router` is, where Transformers looks for it."""
-    for module in (modeling_oto, configuration_oto):
-        name = Path(cast(str, module.__file__)).name
-        for found in sorted(folder.glob(f"*/**/{name}"))[:1]:
-            shutil.copyfile(found, folder / name)
 
 
 class OTOSentenceTransformerTrainer(_PruningTrainer, SentenceTransformerTrainer):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import ModelCard
+from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.modelcard import TASK_MAPPING
+from transformers.utils import CONFIG_NAME
 
 from ..config import OTOConfig
 from ..models.empty_models import auto_class_of
@@ -17,6 +20,7 @@ from ..models.sharding import is_sharded
 from ..report.card import card_section, figures, leaderboard_results, save_figures
 from ..report.milestones import Size, sizes_picture
 from ..report.summary import summarize
+from .pruned_part import path_of
 
 
 def pictures(model: PreTrainedModel, config: OTOConfig, log_history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -36,8 +40,22 @@ def add_to_tensorboard(callbacks: Sequence[TrainerCallback], draw: Callable[[], 
                 writer.add_figure(name, figure, step)
 
 
+@contextmanager
+def configured(model: nn.Module, part: PreTrainedModel) -> Iterator[None]:
+    """A module of one's own with the config of its part: Trainer's card asks whatever is trained for one."""
+    if hasattr(model, "config"):
+        yield
+        return
+    model.config = cast(Any, part.config)
+    try:
+        yield
+    finally:
+        del model.config
+
+
 def complete_card(
     path: Path,
+    whole: nn.Module,
     model: PreTrainedModel,
     config: OTOConfig,
     log_history: Sequence[Mapping[str, Any]],
@@ -54,6 +72,7 @@ def complete_card(
 
     Args:
         path (`Path`): The card.
+        whole (`nn.Module`): The model in training.
         model ([`PreTrainedModel`]): The part of the model in training that is pruned.
         config ([`OTOConfig`]): The run's settings.
         log_history (`Sequence[Mapping[str, Any]]`): What the run has logged.
@@ -72,6 +91,7 @@ def complete_card(
         summary,
         repo_id=repo_id,
         auto_class=auto_class_of(model),
+        loading=_loading_part(path.parent, whole, model, repo_id, plain=plain),
         plain=plain,
         pictures=tuple(drawn),
         scores=logged[-1] if logged else None,
@@ -90,6 +110,19 @@ def complete_card(
     card.text = draft + section + heading + rest
     card.data.tags = sorted({*(card.data.tags or []), "hf-oto", "pruned"})
     card.save(path)
+
+
+def _loading_part(folder: Path, whole: nn.Module, part: PreTrainedModel, repo_id: str, *, plain: bool) -> str | None:
+    """Python that loads a part from beside a model of the user's own; `None` where the part is no such one."""
+    path, auto_class = path_of(whole, part), auto_class_of(part)
+    if not path or not (folder / path / CONFIG_NAME).is_file():
+        return None
+    trusting = "" if plain else ", trust_remote_code=True"
+    return (
+        f"from transformers import {auto_class}\n\n"
+        f"# What is at `{path}` in a {type(whole).__name__}, all of whose weights are in model.safetensors.\n"
+        f'part = {auto_class}.from_pretrained("{repo_id}", subfolder="{path}"{trusting})'
+    )
 
 
 def _hub_tasks(model: PreTrainedModel) -> list[str]:

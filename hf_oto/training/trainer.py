@@ -22,7 +22,7 @@ from . import checkpoints, showing
 from .hub import push_sizes, start_push
 from .milestones import MilestonesTrainer
 from .pruned_part import save_beside
-from .saving import explaining, finish, replacing
+from .saving import explaining, finish, replacing, share_code
 from .zeros import check_size
 
 logger = logging.get_logger(__name__)
@@ -185,6 +185,7 @@ class OTOTrainer(MilestonesTrainer):
                 with explaining(Path(folder)):
                     self._save(str(unfinished))
                     save_beside(unfinished, cast(nn.Module, self.model), small, weights=True)
+                    share_code(unfinished)
             finally:
                 if whole is not part:
                     self.put_back(whole, part)
@@ -272,11 +273,14 @@ class OTOTrainer(MilestonesTrainer):
                 Metrics of the dense model, to be put beside those of the last evaluation that have the same names
                 (`{"eval_f1": 88.5}`). [`~Trainer.push_to_hub`] passes it on.
         """
-        super().create_model_card(*args, **kwargs)
+        whole, part = self._whole_model(), self._part()
+        with showing.configured(whole, part):
+            super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             showing.complete_card(
                 Path(self._output_dir, "README.md"),
-                self._part(),
+                whole,
+                part,
                 self.oto_config,
                 self.state.log_history,
                 repo_id=self.hub_model_id or self._output_dir,

@@ -315,6 +315,20 @@ def test_compress_makes_a_small_model_of_a_checkpoint(name, tmp_path):
         assert (out / file).read_bytes() == (checkpoint / file).read_bytes()
 
 
+def test_an_encoder_may_be_without_its_pooler(tmp_path):
+    """As that of a model around it, and of sentence-transformers' models, often is."""
+    model = tiny_model(BERT).bert
+    zero_uneven(model)
+    assert model.pooler is None
+    model.save_pretrained(tmp_path / "dense")
+    size = sum(parameter.numel() for parameter in model.parameters())
+    assert answered("inspect", tmp_path / "dense")["parameters"] == size
+    answered("compress", tmp_path / "dense", tmp_path / "small")
+    small = transformers.AutoModel.from_pretrained(tmp_path / "small", add_pooling_layer=False)
+    assert summarize(small).parameters < size
+    assert largest_difference(outputs(small), outputs(model)) < 1e-5
+
+
 def test_compress_keeps_what_it_does_not_know(tmp_path):
     """Files of processors, other tokenizers and sentence-transformers' modules; not weights, code or training."""
     checkpoint, out = tmp_path / "checkpoint-7", tmp_path / "small"

@@ -1,5 +1,9 @@
 """Models of one's own around an encoder: what is trained, what is pruned, what is saved and how it loads again."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from families import ONE_EACH, counts, tiny_model
@@ -136,6 +140,39 @@ def test_a_model_around_an_encoder(kind, shrinks, tmp_path):
         resumed = make(tmp_path / f"resumed-{stop}", model=made(kind), config=config, save_strategy="no")
         resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}"))
         assert same_weights(resumed.model, trainer.model)
+
+
+STRANGER = """
+import sys
+sys.modules["hf_oto"] = None
+import torch
+code, out = sys.argv[1:]
+exec(code)
+ids = torch.arange(5, 13)[None]
+torch.save(part.eval()(ids).last_hidden_state.detach(), out)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", PATHS)
+def test_a_card_tells_to_load_the_encoder_from_beside_the_model_around_it(kind, tmp_path):
+    trainer = make(tmp_path / "run", model=made(kind), **SAVING)
+    trainer.train()
+    trainer.create_model_card()  # which a module without a config has to get as well
+    encoder = trainer.pruned_part(trainer.model)
+    assert hasattr(trainer.model, "config") == (kind is not Spans)
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    code = card.partition("## How to load it")[2].split("```")[1].removeprefix("python\n")
+    assert f"`{PATHS[kind]}` in a {kind.__name__}, all of whose weights" in code
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["HF_HOME"] = str(tmp_path / "home")
+    command = [sys.executable, "-c", STRANGER, code, str(tmp_path / "states.pt")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    with torch.no_grad():
+        expected = encoder.eval()(torch.arange(5, 13)[None]).last_hidden_state
+    found = torch.load(tmp_path / "states.pt", weights_only=True)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 class Towers(nn.Module):
