@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_oto.deploy.answering import longest_sequence
 
 OUTSIDE = -1  # stands for the character offsets of a token that is not of the context
 
@@ -19,6 +21,12 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
             f"{type(tokenizer).__name__} gives no character offsets, without which a token cannot be turned back into "
             "text. Use a fast tokenizer (one with a tokenizer.json)."
         )
+
+
+def check_length(model: PreTrainedModel, max_seq_length: int) -> None:
+    """Raise `ValueError` for sequences that the model has no positions for: the first batch with one would fail."""
+    if max_seq_length > (longest := longest_sequence(model)):
+        raise ValueError(f"`max_seq_length` must be at most {longest}, what the model reads, got {max_seq_length}.")
 
 
 def feature_maker(

@@ -11,7 +11,7 @@ import transformers
 from answers import find_answers
 from arguments import CompressionArguments, DataArguments, ModelArguments, parse_arguments
 from datasets import Dataset, load_dataset
-from features import check_tokenizer, feature_maker
+from features import check_length, check_tokenizer, feature_maker
 from outputs import Results, check_output_dir, progress_bars, remove_checkpoints, write_json
 from precision import made_for_bf16
 from price import PriceMixin
@@ -196,6 +196,7 @@ def run(
 
     set_seed(training.seed)
     model, tokenizer = load_model(model_arguments)
+    check_length(model, data.max_seq_length)
     examples, windows = {}, {}
     for wanted, stage, split, limit in (
         (training.do_train, "train", "train", data.max_train_samples),

@@ -118,7 +118,7 @@ class QuestionAnswerer:
                 f"`tokenizer` must be the one that the model was trained with: it has a token of number {beyond}, the "
                 f"model's vocabulary has {vocabulary}, counted from 0."
             )
-        limit = min(_longest(model), tokenizer.model_max_length)
+        limit = min(longest_sequence(model), tokenizer.model_max_length)
         self.max_seq_length = min(384, limit) if max_seq_length is None else max_seq_length
         if not 1 <= self.max_seq_length <= limit:
             raise ValueError(f"`max_seq_length` must be from 1 to the model's {limit}, got {max_seq_length}.")
@@ -364,7 +364,7 @@ def _null_position(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
     return ids.index(tokenizer.cls_token_id) if tokenizer.cls_token_id in ids else 0
 
 
-def _longest(model: PreTrainedModel) -> int:
+def longest_sequence(model: PreTrainedModel) -> int:
     """Tokens of the longest sequence that a model reads: some families count positions from the padding id on."""
     config: Any = model.config
     positions = getattr(config, "max_position_embeddings", sys.maxsize)

@@ -210,6 +210,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(work, tmp_path, 
     for arguments, message in (
         (("--compress", "--target_sparsity", "0.99"), "`target_sparsity`=0.99 .* cannot be reached"),
         (("--target_sparsity", "0.3"), "`--target_sparsity` set up the compression: give `--compress` too"),
+        (("--max_seq_length", "65"), "`max_seq_length` must be at most 64, what the model reads, got 65"),
         (("--tokenizer_name", str(tmp_path / "larger")), "tokenizer has 181 entries, the model's vocabulary 180"),
         (
             ("--compress", "--teacher_model_name_or_path", str(tmp_path / "larger")),

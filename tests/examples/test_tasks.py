@@ -103,6 +103,12 @@ def test_scores_worked_out_by_hand():
     assert spearman(*values, []) == pytest.approx(100 * 4.5 / (4.5 * 5) ** 0.5)
 
 
+def test_sequences_that_the_model_has_no_positions_for_are_refused(work, tmp_path):
+    command = options(work, "sst2", "--task", "sst2", "--do_train", "--output_dir", str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="`max_seq_length` must be at most .*, what the model reads, got 100000"):
+        run_task.main([*command, "--max_seq_length", "100000"])
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_is_learnt_pruned_and_scored_from_disk(work, tmp_path, task):
     pruning = ("--compress", "--pruning_periods", "4", "--shrink_during_training", "True")

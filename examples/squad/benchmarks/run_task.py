@@ -11,6 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the example's own modules
 
 from arguments import CompressionArguments, ModelArguments, refuse_old_names
+from features import check_length
 from outputs import Results, check_output_dir, progress_bars
 from price import PriceMixin
 from run_squad import load_model, size
@@ -123,6 +124,7 @@ def run(
         raise ValueError(f"{data.validation_file} has the classes {sorted(unknown)}, which {data.train_file} has not.")
     set_seed(training.seed)
     model, tokenizer = load_model(model_arguments, task.auto, **heads(names))
+    check_length(model, data.max_seq_length)
     read = {stage: features(own, names, tokenizer, data.max_seq_length) for stage, own in rows.items()}
     common: dict[str, Any] = {
         "args": training,
