@@ -149,11 +149,13 @@ def check_settings(model: PreTrainedModel, made_with: Mapping[str, Any]) -> None
         check_compressible(model)
     except ValueError as error:
         now = model.config.to_dict()
-        changed = [f"{n} {made_with.get(n)!r} -> {value!r}" for n, value in now.items() if made_with.get(n) != value]
+        changed = {name: value for name, value in now.items() if made_with.get(name) != value}
+        told = ", ".join(f"{name} {made_with.get(name)!r} -> {value!r}" for name, value in changed.items())
+        options = ", ".join(f"{name}={value!r}" for name, value in changed.items())
         raise ValueError(
-            f"`model.config` was changed after `model` was made ({', '.join(changed)}), and a model made of it now "
-            f"computes something else. Trainer sets the special tokens to those of `processing_class`: give it the "
-            f"model's own tokenizer, or load the model with these settings: `from_pretrained(folder, pad_token_id=0)`."
+            f"`model.config` was changed after `model` was made ({told}), and a model made of it now computes "
+            f"something else. Trainer sets the special tokens to those of `processing_class`: give it the model's own "
+            f"tokenizer, or load the model with these settings: `from_pretrained(folder, {options})`."
         ) from error
 
 
