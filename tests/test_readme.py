@@ -6,10 +6,10 @@ import json
 import os
 import random
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import forking
 import pytest
 from arguments import parse_arguments
 from families import tiny_model
@@ -63,7 +63,7 @@ def somebodys_files(folder):
 def run_pages(folder, pages, hub_url="http://127.0.0.1:9"):
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     environment |= {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "home")}
-    done = subprocess.run(
+    done = forking.run(
         [sys.executable, "-W", "error:::hf_oto", ROOT / "tests" / "helpers" / "run_blocks.py", *pages],
         cwd=folder,
         env=environment | {"HF_ENDPOINT": hub_url, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"},

@@ -12,7 +12,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -100,10 +100,27 @@ def export_onnx(
         `FileExistsError`: There is a file at `path`.
         `ValueError`: The model reads no tokens, is not on the CPU in float32, or ONNX Runtime computes something else.
     """
-    check_packages()
     path = Path(path)
-    if path.exists():
-        raise FileExistsError(f"{path} exists already. Choose another file, or remove it.")
+    files = (None, path) if int8 else (path, None)
+    return export_precisions(model, *files, score=score, pooling=pooling, atol=atol, seed=seed)[0]
+
+
+def export_precisions(
+    model: PreTrainedModel,
+    path: Path | None,
+    int8_path: Path | None,
+    *,
+    score: Callable[[Any], dict[str, float]] | None = None,
+    pooling: Pooling | None = None,
+    atol: float = 1e-4,
+    seed: int = 0,
+) -> list[Export]:
+    """[`export_onnx`] in float32, in int8, or in both: what takes longest, the trace, is done once."""
+    check_packages()
+    targets = [file for file in (path, int8_path) if file is not None]
+    for target in targets:
+        if target.exists():
+            raise FileExistsError(f"{target} exists already. Choose another file, or remove it.")
     if model.device.type != "cpu" or model.dtype != torch.float32:
         raise ValueError(
             f"`model` must be on the CPU in float32, got {model.dtype} on {model.device}. Pass it as "
@@ -113,8 +130,9 @@ def export_onnx(
     longest = longest_input(model)
     sizes = ((1, 5), (3, min(longest, 96)), (5, min(longest, 24)))
     batches = [example_batch(model, size, length, seed=seed + size) for size, length in sizes]
-    with folder_beside(path) as folder:
-        plain = folder / path.name
+    exports = []
+    with folder_beside(targets[0]) as folder:
+        plain = folder / targets[0].name
         with _quiet():
             _write(_traced(model, computed, example_batch(model, 2, min(longest, 16), seed=seed)), plain)
             session = inference_session(plain)
@@ -125,22 +143,25 @@ def export_onnx(
                 f"ONNX Runtime does not compute what PyTorch does: an output is off by {error:.3g} of its largest "
                 f"value, and `atol` allows {atol:g}. Nothing is written."
             )
-        scores = None if score is None else score(session)
-        int8_error = int8_mean = int8_scores = None
-        if int8:
+        float32 = Export(str(path), 0, *names, error, scores=None if score is None else score(session))
+        made = [] if path is None else [(plain, path, float32)]
+        if int8_path is not None:
             (folder / "int8").mkdir()
-            plain = _quantized(plain, folder / "int8" / path.name)
+            small = _quantized(plain, folder / "int8" / int8_path.name)
             with _quiet():
-                session = inference_session(plain)
+                session = inference_session(small)
                 int8_error, int8_mean = _errors(computed, session, batches)
             if int8_error != int8_error:
                 raise ValueError("The int8 model computes NaN on random tokens. Nothing is written; do without int8.")
-            int8_scores = None if score is None else score(session)
-        files = sorted(plain.parent.glob(f"{path.name}*"), reverse=True)  # the graph last: with it the export is there
-        size = sum(file.stat().st_size for file in files)
-        for file in files:
-            file.replace(path.with_name(file.name))
-    return Export(str(path), size, *names, error, int8_error, int8_mean, scores, int8_scores)
+            int8 = replace(float32, path=str(int8_path), int8_error=int8_error, int8_mean_error=int8_mean)
+            made.append((small, int8_path, replace(int8, int8_scores=None if score is None else score(session))))
+        for source, target, export in made:
+            files = sorted(source.parent.glob(f"{source.name}*"), reverse=True)  # the graph last: with it all is there
+            size = sum(file.stat().st_size for file in files)
+            for file in files:
+                file.replace(target.with_name(file.name))
+            exports.append(replace(export, bytes=size))
+    return exports
 
 
 def inference_session(path: Path, threads: int | None = None) -> Any:

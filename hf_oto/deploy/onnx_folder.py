@@ -17,7 +17,7 @@ from ..models.configuration_oto import BLOCK_SPECS, dense_model_type
 from ..models.folders import folder_beside
 from ..report.card import as_onnx, rewrite
 from .model_files import copy_beside_weights
-from .onnx_export import Export, export_onnx
+from .onnx_export import Export, export_precisions
 from .pooling import Pooling
 
 GRAPH, INT8_GRAPH = "onnx/model.onnx", "onnx/model_int8.onnx"
@@ -97,9 +97,8 @@ def export_folder(
         _complete_tokenizer(source, made)
         values = {**dense_config(model.config), "architectures": [type(model).__name__.removeprefix("OTO")]}
         (made / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        exports = [export_onnx(model, made / GRAPH, pooling=pooling, **options)]
-        if int8:
-            exports.append(export_onnx(model, made / INT8_GRAPH, pooling=pooling, int8=True, **options))
+        int8_graph = made / INT8_GRAPH if int8 else None
+        exports = export_precisions(model, made / GRAPH, int8_graph, pooling=pooling, **options)
         files = tuple(sorted(str(file.relative_to(made)) for file in made.rglob("*") if file.is_file()))
         made.rename(path)
     placed = (dataclasses.replace(one, path=str(path / Path(one.path).relative_to(made))) for one in exports)

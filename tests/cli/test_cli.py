@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import evaluate
+import forking
 import pytest
 import torch
 import transformers
@@ -1014,16 +1015,16 @@ def child(args, reader, encoding):
     """What a command does in a process of its own, as the entry point runs it: its exit status and standard error."""
     code = "import sys; from hf_oto.cli.app import main; main()"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "PYTHONIOENCODING": encoding}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, args)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stdout is not None and process.stderr is not None
-    out = process.stdout.read() if reader else process.stdout.close()
-    error = process.stderr.read().decode()
-    return process.wait(), out, error
+    read, write = os.pipe()
+    if not reader:
+        os.close(read)
+    with os.fdopen(write, "wb") as out:
+        command = [sys.executable, "-c", code, *map(str, args)]
+        done = forking.run(command, env=environment, stdout=out, stderr=subprocess.PIPE)
+    if not reader:
+        return done.returncode, None, done.stderr.decode()
+    with os.fdopen(read, "rb") as shown:
+        return done.returncode, shown.read(), done.stderr.decode()
 
 
 def test_whoever_reads_may_stop_and_may_read_in_another_encoding(tmp_path):

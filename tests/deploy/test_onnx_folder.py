@@ -175,7 +175,7 @@ def test_the_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
         calls.append(args)
         raise OSError("no space")
 
-    monkeypatch.setattr(onnx_folder, "export_onnx", fails)
+    monkeypatch.setattr(onnx_folder, "export_precisions", fails)
     with pytest.raises(OSError, match="no space"):
         export_folder(small, tmp_path / "out", tmp_path / "small")
     assert calls and [path.name for path in tmp_path.iterdir()] == ["small"]

@@ -2,13 +2,17 @@
 
 import json
 import math
+import subprocess
+from types import SimpleNamespace
 
+import forking
 import pytest
 from benchmarks import cost, scale, speed
 
 
 @pytest.mark.slow
-def test_a_tiny_benchmark_measures_every_stage(tmp_path, capsys):
+def test_a_tiny_benchmark_measures_every_stage(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cost, "subprocess", SimpleNamespace(run=forking.run, PIPE=subprocess.PIPE))
     sizes = {"size": "tiny", "steps": 60, "batch_size": 2, "sequence_length": 16, "targets": 0.5, "device": "cpu"}
     command = [*(word for name, value in sizes.items() for word in (f"--{name}", str(value))), "--no-bf16"]
     numbers = cost.main([*command, "--output", str(tmp_path / "cost.json")])

@@ -7,11 +7,11 @@ import subprocess
 from collections import Counter, defaultdict
 from types import SimpleNamespace
 
+import forking
 import processes
 import pytest
 import torch
 from demo import run_demo, scratch, synthetic, topics
-from forking import forking
 from transformers import AutoConfig, AutoTokenizer
 
 SIZES = {"train": 400, "dev": 150}
@@ -220,11 +220,10 @@ def test_a_run_that_fails_leaves_the_last_one(tmp_path):
 def test_the_demo_runs_from_end_to_end(tmp_path, capfd, monkeypatch):
     """What is loaded in the end is loaded by a new interpreter."""
     target = tmp_path / "build" / "demo"
-    with forking() as run:
-        ways = {True: run, False: subprocess.run}
-        trains = SimpleNamespace(run=lambda command, **options: ways["--do_train" in command](command, **options))
-        monkeypatch.setattr(processes, "subprocess", trains)
-        rows = run_demo.main(["--output_dir", str(target), "--steps", "24", "--eval_paragraphs", "10"])
+    ways = {True: forking.run, False: subprocess.run}
+    trains = SimpleNamespace(run=lambda command, **options: ways["--do_train" in command](command, **options))
+    monkeypatch.setattr(processes, "subprocess", trains)
+    rows = run_demo.main(["--output_dir", str(target), "--steps", "24", "--eval_paragraphs", "10"])
     shown = capfd.readouterr().out
     assert json.loads((target / "results.json").read_text()) == rows
     dense, pruned = rows["dense"], rows["pruned"]

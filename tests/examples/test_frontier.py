@@ -3,13 +3,13 @@
 import json
 from types import SimpleNamespace
 
+import forking
 import processes
 import pytest
 import torch
 from benchmarks import frontier
 from benchmarks.frontier import DISTILLED, METHODS, Run, by_method, cut, plan, plot, result_table, retained, spread
 from families import counts, tiny_model, zero
-from forking import forking
 from rich.console import Console
 from transformers import AutoModelForQuestionAnswering
 
@@ -83,12 +83,7 @@ def test_the_cut_by_norm_takes_the_least_groups_and_leaves_all_else():
 
 @pytest.mark.slow
 def test_a_tiny_frontier_from_end_to_end(tmp_path, capfd, monkeypatch):
-    with forking() as run:
-        monkeypatch.setattr(processes, "subprocess", SimpleNamespace(run=run))
-        a_tiny_frontier(tmp_path, capfd)
-
-
-def a_tiny_frontier(tmp_path, capfd):
+    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(run=forking.run))
     methods = ["hspg", "hspg+teacher", "published", "one-shot", "layers+teacher"]
     command = ["--output_dir", str(tmp_path / "out"), "--steps", "24", "--eval_paragraphs", "5", "--seeds", "0"]
     command += ["--targets", "0.5", "--methods", *methods, "--keep_models"]

@@ -4,11 +4,11 @@ import functools
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import datasets
 import evaluate
+import forking
 import pytest
 import torch
 import transformers
@@ -334,7 +334,7 @@ def test_compressed_training_leaves_a_small_model_that_scores_as_the_zeroed_one(
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONSAFEPATH": "1"}
     command = [sys.executable, "-c", STRANGER, str(out)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    done = forking.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     *found, logits = json.loads(done.stdout)
     assert found == ["OTOBertForQuestionAnswering", "oto_bert", results["parameters"]]

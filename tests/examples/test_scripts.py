@@ -1,8 +1,9 @@
 """The example's scripts, as somebody starts them: by their path, from any folder, with nothing set up."""
 
-import subprocess
 import sys
 from pathlib import Path
+
+import forking
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [
@@ -34,6 +35,6 @@ def test_every_script_finds_its_own_modules_from_any_folder(tmp_path):
     listed = {str(path.relative_to(squad)) for path in squad.rglob("*.py") if path.read_bytes().startswith(b"#!")}
     assert listed == set(SCRIPTS)
     command = [sys.executable, "-P", "-c", EACH, str(squad), *(str(squad / script) for script in SCRIPTS)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = forking.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines() == [f"{script} 0 True" for script in SCRIPTS]

@@ -5,13 +5,13 @@ import random
 import subprocess
 from types import SimpleNamespace
 
+import forking
 import numpy as np
 import processes
 import pytest
 import torch
 from benchmarks import frontier, run_task
 from benchmarks.tasks import IGNORED, TASKS, accuracy, entities, entity_f1, spearman
-from forking import forking
 from squad_data import CITIES, JOBS, NAMES, wordpiece
 from transformers import BertConfig, BertModel
 
@@ -142,9 +142,8 @@ def test_the_frontier_of_a_task_runs_side_by_side_with_a_log_each(work, tmp_path
     methods = ("hspg+teacher", "one-shot", "layers")
     plan = ("--task", "wnut17", "--jobs", "2", "--methods", *methods, "--targets", "0.5", "--seeds", "0", "1")
     command = ["--output_dir", str(tmp_path / "out"), *plan, *options(work, "wnut17", "--logging_steps", "20")]
-    with forking() as run:
-        monkeypatch.setattr(processes, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
-        lines = frontier.main(command)
+    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(run=forking.run, STDOUT=subprocess.STDOUT))
+    lines = frontier.main(command)
     runs = {f"dense-{seed}" for seed in (0, 1)} | {f"{method}-0.5-{seed}" for method in methods for seed in (0, 1)}
     assert {line["run"] for line in lines} == runs == {path.stem for path in (tmp_path / "out" / "logs").iterdir()}
     assert {line["run"] for line in lines[:2]} == {"dense-0", "dense-1"}  # which the others start from

@@ -1,7 +1,7 @@
-"""Runs FSDP2 on every rank of a process group, and writes what each rank held: started by torchrun, by a test.
+"""Runs FSDP2 on every rank of a process group, and writes what each rank held: started by a test.
 
 `fsdp_ranks.py MODES FOLDER`, MODES some of `bare`: HSPG in a loop of its own, in every layout, with checkpoints that
-it resumes from; `resumed`: the same run from those checkpoints, on as many ranks as torchrun starts, and then on one;
+it resumes from; `resumed`: the same run from those checkpoints, on as many ranks as there are, and then on one;
 `gathered`: whole models out of sharded ones; `trainer`: OTOTrainer; `refused`: what raises, and what it says.
 """
 
@@ -44,7 +44,7 @@ UNIFORM = OTOConfig(min_neurons=3, round_to=3, pruning_periods=3, uniform=True, 
 # What is stopped before which step, and goes on from which kind of checkpoint. Not before the first: torch makes
 # Adam's state to save it, by a step that Adam counts. SGD has none, so torch takes such a step at every save.
 STOPS = {
-    ("AdamW", CONFIG): {"sharded": (1, 2, 3, 7, 8, 11), "full": (3, 7, 11)},
+    ("AdamW", CONFIG): {"sharded": (1, 2, 3, 8), "full": (7, 11)},
     ("AdamW", AT_ONCE): {"sharded": (1,), "full": (1,)},
     ("SGD", CONFIG): {"sharded": (0, 5)},
 }
@@ -149,7 +149,7 @@ def run_bare(folder: Path) -> dict:
     for (base, config), stops in STOPS.items():
         key = run_name(base, config)
         run = begin("blocks", config, base)
-        found[key] = held(*run, go_on(*run))
+        found[key] = found["blocks"] if (base, config) == ("AdamW", CONFIG) else held(*run, go_on(*run))
 
         def stop(model, optimizer, key=key, stops=stops):
             for kind, steps in stops.items():

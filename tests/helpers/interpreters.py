@@ -1,9 +1,10 @@
 """Python in a process of its own, with hf_oto or where it cannot be imported."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
+
+import forking
 
 import hf_oto
 
@@ -20,14 +21,14 @@ sys.meta_path.insert(0, Block())
 """
 
 
-def run_fresh(script: str, *arguments: object, home: Path, with_hf_oto: bool = True) -> str:
-    """What a script prints in a new interpreter, whose caches and working folder are `home`. It must end well."""
+def run_fresh(script: str, *arguments: object, home: Path, with_hf_oto: bool = True, run=forking.run) -> str:
+    """What a script prints in a process of its own, with caches and working folder `home`. It must end well."""
     root = str(Path(hf_oto.__file__).resolve().parents[1])
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONWARNINGS")}
     environment |= {"HF_HOME": str(home / "home"), "HF_MODULES_CACHE": str(home / "modules"), "PYTHONSAFEPATH": "1"}
     if with_hf_oto:
         environment["PYTHONPATH"] = root
-    done = subprocess.run(
+    done = run(
         [sys.executable, "-c", script if with_hf_oto else WITHOUT + script, *map(str, arguments)],
         cwd=home,
         env=environment,

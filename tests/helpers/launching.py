@@ -2,8 +2,9 @@
 
 import fcntl
 import os
-import subprocess
 import sys
+
+from forking import run_ranks
 
 
 class Launches:
@@ -31,15 +32,11 @@ class Launches:
         assert said.read_text() == ""
 
     def launch(self, modes):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks[modes])]
-        done = subprocess.run(
-            [sys.executable, *launcher, self.script.__file__, modes, str(self.folder)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        return done.stderr[-4000:] if done.returncode else ""
+        try:
+            run_ranks(self.ranks[modes], [sys.executable, self.script.__file__, modes, self.folder])
+        except AssertionError as error:
+            return str(error)
+        return ""
 
 
 def shared_folder(tmp_path_factory, name):

@@ -4,9 +4,9 @@ import copy
 import dataclasses
 import itertools
 import json
-import subprocess
 import sys
 
+import forking
 import pytest
 import torch
 import transformers
@@ -339,5 +339,5 @@ def test_hf_oto_is_not_needed(tmp_path):
         from transformers import AutoModelForQuestionAnswering
         print(type(AutoModelForQuestionAnswering.from_pretrained({str(tmp_path)!r})).__module__)
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = forking.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "transformers.models.bert.modeling_bert", done.stderr

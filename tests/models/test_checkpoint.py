@@ -4,10 +4,10 @@ import copy
 import json
 import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
+import forking
 import pytest
 import torch
 import transformers
@@ -500,7 +500,7 @@ print("done")
 
 @pytest.mark.slow
 def test_an_interpreter_without_hf_oto_loads_them_all(tmp_path):
-    """Every family, and two structures of one, in one subprocess: its imports take seconds."""
+    """Every family, and two structures of one, in one process: its imports take seconds."""
     names = [*EVERY, "BertForMaskedLM", "BertForPreTraining", "DistilBertModel", "XLMRobertaForMultipleChoice"]
     for seed, name in enumerate([*names, "BertForQuestionAnswering"]):
         model = tiny_model(name, num_hidden_layers=4 if seed == len(names) else 3)
@@ -517,7 +517,7 @@ def test_an_interpreter_without_hf_oto_loads_them_all(tmp_path):
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
         "PYTHONSAFEPATH": "1",
     }
-    done = subprocess.run(
+    done = forking.run(
         [sys.executable, "-W", "always", "-c", STRANGER, str(tmp_path / "checkpoints")],
         cwd=tmp_path,
         env=environment,

@@ -4,10 +4,10 @@ import ast
 import json
 import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
+import forking
 import hostile
 import pytest
 import transformers
@@ -19,7 +19,7 @@ import hf_oto
 from hf_oto import OTOConfig
 from hf_oto.models.surgery import compress
 
-EXAMPLES = 2000
+EXAMPLES, BY_OTHER_CODE = 1000, 500
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,12 +57,12 @@ def test_no_tampered_config_gets_through_wrong(checkpoints):
 
 @pytest.mark.slow
 def test_none_gets_through_where_hf_oto_is_not_installed(checkpoints, tmp_path):
-    """The same configs, by the code that came with the checkpoints."""
+    """Half of these configs, by the code that came with the checkpoints: a copy of that which all were tried on."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONWARNINGS")}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     script = Path(hostile.__file__)
-    done = subprocess.run(
-        [sys.executable, str(script), str(checkpoints), str(EXAMPLES)],
+    done = forking.run(
+        [sys.executable, str(script), str(checkpoints), str(BY_OTHER_CODE)],
         env=environment,
         capture_output=True,
         text=True,
@@ -70,7 +70,7 @@ def test_none_gets_through_where_hf_oto_is_not_installed(checkpoints, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert sum(found.values()) >= EXAMPLES and set(found) == {"refused", "do not fit", "the same"}
+    assert sum(found.values()) >= BY_OTHER_CODE and set(found) == {"refused", "do not fit", "the same"}
 
 
 # Nothing unpickles. Which modules may be imported at all is tested with the imports.

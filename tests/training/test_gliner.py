@@ -1,8 +1,8 @@
 """GLiNER finds entities of types that are named at inference; its encoder is pruned while it is fine-tuned."""
 
-import subprocess
 import sys
 
+import forking
 import pytest
 import torch
 from embedding_runs import SIZES
@@ -88,4 +88,4 @@ def test_gliner_is_pruned_while_it_is_fine_tuned(uniform, tmp_path):
             from gliner import GLiNER
             GLiNER.from_pretrained({str(tmp_path / "run" / "small")!r})
         """
-        subprocess.run([sys.executable, "-c", code], check=True)
+        forking.run([sys.executable, "-c", code], check=True)

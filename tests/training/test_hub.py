@@ -2,10 +2,10 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forking
 import hub_client
 import pytest
 from hub import TOKEN, Hub
@@ -29,7 +29,7 @@ def client(hub, home, *arguments, token=None, check=True):
     if arguments[0] in ("train", "sizes", "cli"):
         environment["PYTHONPATH"] = str(CLIENT.parents[2])
     command = [sys.executable, str(CLIENT), *map(str, arguments)]
-    done = subprocess.run(command, cwd=home.parent, env=environment, capture_output=True, text=True, timeout=300)
+    done = forking.run(command, cwd=home.parent, env=environment, capture_output=True, text=True, timeout=300)
     assert not check or done.returncode == 0, done.stderr[-4000:]
     return done
 

@@ -8,6 +8,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import forking
 import pytest
 import runs
 import torch
@@ -368,7 +369,7 @@ def test_a_process_that_is_ended_leaves_what_was_there(tmp_path):
     script = str(Path(runs.__file__))
     dies = {STEP: "SIGTERM", CHECKPOINT: "SIGTERM", MODEL: "SIGKILL"}
     ways = [word for when, by in dies.items() for word in ("--die", when, by)]
-    done = subprocess.run([sys.executable, script, str(tmp_path), *ways], capture_output=True, text=True, timeout=280)
+    done = forking.run([sys.executable, script, str(tmp_path), *ways], capture_output=True, text=True, timeout=280)
     ended = [line for line in done.stdout.splitlines() if line.startswith("ended: ")]
     assert ended == [f"ended: {STEP} -15", f"ended: {CHECKPOINT} -15", f"ended: {MODEL} -9"], done.stderr[-3000:]
     whole = held(train(tmp_path / "whole"))

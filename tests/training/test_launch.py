@@ -1,14 +1,15 @@
 """OTOTrainer by every launcher: the same masks, the same model, written once."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import forking
 import pytest
 import runs
 import torch
 from families import counts, largest_difference, outputs, tiny_model
+from forking import run_ranks
 from runs import LAST_STEP, NAME, SELECTIONS, STEPS, differences
 from transformers import AutoModelForQuestionAnswering
 
@@ -34,7 +35,8 @@ main_process_port: 0
 def launch(folder, launcher=(), *arguments, fails=False):
     folder.mkdir(exist_ok=True)
     command = [sys.executable, *launcher, SCRIPT, str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ)
+    run = subprocess.run if launcher else forking.run
+    done = run(command, capture_output=True, text=True, timeout=280)
     assert bool(done.returncode) == fails, done.stderr[-4000:]
     return done
 
@@ -85,7 +87,7 @@ def test_a_rank_that_dies_ends_the_run_which_goes_on_from_its_checkpoint(tmp_pat
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-8"]
 
     stops = (2, *SELECTIONS, SELECTIONS[0] + 1, LAST_STEP, SELECTIONS[1] + 4, 14, 19)
-    launch(tmp_path, TORCHRUN, "--resume", *map(str, stops))
+    run_ranks(2, [sys.executable, SCRIPT, tmp_path, "--resume", *stops])
     for rank in (0, 1):
         resumed = load(tmp_path, f"run-{rank}")
         assert len(resumed.pop("every_step")) == STEPS - 8  # the others were done
@@ -109,7 +111,8 @@ def test_ranks_shrink_together(ranks, alone, tmp_path):
     stops = (2, 10, 16) if ranks == 2 else ()
     options = ["--double", "--shrink", *["--static"] * (ranks == 4)]
     resumes = ["--resume", *map(str, stops)] if stops else []
-    launch(tmp_path / "small", [*TORCHRUN[:-1], str(ranks)], *options, *resumes)
+    (tmp_path / "small").mkdir()
+    run_ranks(ranks, [sys.executable, SCRIPT, tmp_path / "small", *options, *resumes])
     first, full = load(tmp_path / "small", "run-0"), load(alone, "run-0")
     sizes = [len(mask) for mask in first["every_step"]]
     assert sizes[0] == len(full["masks"]) > sizes[-1] == len(first["masks"]) and len(set(sizes)) == 3

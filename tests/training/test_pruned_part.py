@@ -1,9 +1,9 @@
 """Models of one's own around an encoder: what is trained, what is pruned, what is saved and how it loads again."""
 
 import os
-import subprocess
 import sys
 
+import forking
 import pytest
 import torch
 from families import ONE_EACH, counts, tiny_model
@@ -167,7 +167,7 @@ def test_a_card_tells_to_load_the_encoder_from_beside_the_model_around_it(kind, 
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["HF_HOME"] = str(tmp_path / "home")
     command = [sys.executable, "-c", STRANGER, code, str(tmp_path / "states.pt")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = forking.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     with torch.no_grad():
         expected = encoder.eval()(torch.arange(5, 13)[None]).last_hidden_state

@@ -5,9 +5,9 @@ import functools
 import pytest
 import ranks
 import torch
-from families import ONE_EACH, OTHERS, counts, largest_difference, outputs, removed_and_next, tiny_model
+from families import ONE_EACH, counts, largest_difference, outputs, removed_and_next, tiny_model
 from launching import Launches, shared_folder
-from ranks import ALL_FAMILIES, GLOBAL_BATCH, plan, taught_rows, uneven
+from ranks import GLOBAL_BATCH, names, plan, taught_rows, uneven
 from transformers import AutoModelForQuestionAnswering
 
 from hf_oto import partition
@@ -45,7 +45,7 @@ def alone(name):
 
 @pytest.mark.parametrize(
     ("mode", "name"),
-    [(mode, name) for mode in ("ddp", "fsdp", "fsdp_blocks") for name in ONE_EACH + OTHERS * (mode in ALL_FAMILIES)],
+    [(mode, name) for mode in ("ddp", "fsdp", "fsdp_blocks") for name in names(mode)],
 )
 def test_ranks_agree_with_each_other_and_with_one_process(ran, mode, name):
     agree(ran, mode, name)

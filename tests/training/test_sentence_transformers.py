@@ -6,11 +6,11 @@ import importlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import embedding_runs
+import forking
 import numpy as np
 import pytest
 import torch
@@ -364,7 +364,7 @@ def run_stranger(folder, out, home, **environment):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | environment
     environment["HF_HOME"] = str(home)
     command = [sys.executable, "-c", STRANGER, str(folder), str(out), *QUESTIONS[:8]]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = forking.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(out, weights_only=True)
 
@@ -427,10 +427,8 @@ def test_equal_blocks_make_a_model_that_needs_no_code(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_make_one_model(tmp_path):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *torchrun, embedding_runs.__file__, "ranks", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment_with_the_package())
-    assert done.returncode == 0, done.stderr[-4000:]
+    command = [sys.executable, embedding_runs.__file__, "ranks", tmp_path]
+    forking.run_ranks(2, command, env=environment_with_the_package())
     first, second = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     small = SentenceTransformer(str(tmp_path / "small"), device="cpu")
@@ -451,7 +449,7 @@ def test_pushes_are_whole_and_a_stranger_pulls_the_last(tmp_path):
         environment = environment_with_the_package(HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1", HF_TOKEN=TOKEN)
         environment |= {"HF_HOME": str(tmp_path / "home")} | dict.fromkeys(offline, "0")
         command = [sys.executable, embedding_runs.__file__, "push", "me/embeds", str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+        done = forking.run(command, capture_output=True, text=True, timeout=280, env=environment)
         assert done.returncode == 0, done.stderr[-4000:]
         needed = {"modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors", "modeling_oto.py", "README.md"}
         for number, message in enumerate(hub.messages("me/embeds")):
