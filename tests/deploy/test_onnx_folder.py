@@ -47,13 +47,16 @@ def run(path, inputs):
     return dict(zip((output.name for output in session.get_outputs()), map(torch.from_numpy, values), strict=True))
 
 
-def test_the_folder_is_the_familys_own(tmp_path):
+def test_the_folder_is_the_familys_own(tmp_path, monkeypatch):
     small = small_folder(tmp_path / "small", "BertForQuestionAnswering")
+    traces, traced = [], onnx_export._traced
+    monkeypatch.setattr(onnx_export, "_traced", lambda *args: traces.append(args) or traced(*args))
     done = export_folder(small, tmp_path / "out", tmp_path / "small", int8=True)
     files = ["config.json", "onnx/model.onnx", "onnx/model_int8.onnx"]
     files += ["special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
     found = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert list(done.files) == found == sorted(files)
+    assert len(traces) == 1  # of both graphs
     config = AutoConfig.from_pretrained(tmp_path / "out")
     assert (config.model_type, config.architectures) == ("bert", ["BertForQuestionAnswering"])
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
