@@ -49,14 +49,15 @@ def test_a_run_saves_what_it_trained_and_resumes(name, device, tmp_path):
             model,
             make_data(),
             make_loss(model),
-            dataclasses.replace(CONFIG, shrink_during_training=True),
+            dataclasses.replace(CONFIG, shrink_during_training=True, pruning_periods=2),
+            max_steps=8,
             save_strategy="steps",
-            save_steps=8,
+            save_steps=4,
             use_cpu=device.type == "cpu",
             dataloader_pin_memory=device.type == "cuda",
         )
         assert trainer.args.device == device
-        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-8") if found else None)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4") if found else None)
         assert trainer.hspg.target_reached
         held = [*model.parameters(), *trainer.loss.parameters()]
         assert {parameter.device for parameter in held} == {device}

@@ -48,11 +48,18 @@ def move(model, optimizer, device):
                 kept[name] = value.to(device)
 
 
+def draw_gradients(model, step, scale=1e-3):
+    """Drawn ones, the same on every device: what they are of is none of an optimizer's business."""
+    drawn = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        parameter.grad = (torch.randn(parameter.shape, generator=drawn) * scale).to(parameter.device)
+
+
 def run(model, optimizer, steps=STEPS, moves=None):
     for step in range(steps):
         if moves is not None and step in moves:
             move(model, optimizer, moves[step])
-        gradients(model, step)
+        draw_gradients(model, step)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -143,7 +150,7 @@ def test_defaults_of_device_and_precision_change_nothing(name, device):
         with around():
             optimizer = made(model, steps=steps, **settings_of(name, model))
         for step in range(steps):
-            gradients(model, step)
+            draw_gradients(model, step)
             with around():
                 optimizer.step()
                 optimizer.zero_grad()
@@ -174,14 +181,21 @@ def adafactor(parameters, lr):
     return Adafactor(parameters, lr=lr, relative_step=False, scale_parameter=False)
 
 
-@pytest.mark.parametrize("base", [torch.optim.AdamW, Plain, adafactor], ids=["AdamW", "derived", "Adafactor"])
-@pytest.mark.parametrize("name", SETTINGS)
+# Of the base optimizer HSPG asks alone whether zeros stay, and clears them after every step where they may not: that
+# goes by the stage and by what is zero, not by how groups were chosen.
+BASES = {"AdamW": torch.optim.AdamW, "derived": Plain, "Adafactor": adafactor}
+ORDINARY = [
+    *((name, "AdamW") for name in SETTINGS),
+    *((name, base) for name in ("target", "milestones", "published") for base in ("derived", "Adafactor")),
+]
+
+
+@pytest.mark.parametrize(("name", "base"), ORDINARY)
 def test_no_ordinary_step_waits_for_the_device(name, base, device):
     model = tiny_model(NAME, num_hidden_layers=2).to(device)
-    steps, stages = 60, set()
-    optimizer = made(model, base, steps=steps, **settings_of(name, model))
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter) * 1e-3
+    steps, stages = 60 if name == "periods without a group" else 30, set()  # of which one has three steps
+    optimizer = made(model, BASES[base], steps=steps, **settings_of(name, model))
+    draw_gradients(model, 0)
     while optimizer.steps_done < steps:
         ordinary, stage = is_ordinary(optimizer), optimizer.stage
         with waits(device) as noted:
@@ -245,10 +259,10 @@ def test_a_trainings_step_waits_once_more_than_trainers(device, tmp_path):
         watch = Waiting(device)
         options = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
         model = tiny_model(name, num_hidden_layers=2)
-        taken = trainer(model, tmp_path, device, data, teacher, kind=kind, callbacks=[watch], steps=40, **options)
+        taken = trainer(model, tmp_path, device, data, teacher, kind=kind, callbacks=[watch], steps=20, **options)
         watch.trainer = taken
         taken.train()
-        assert len(watch.found[True]) > 20
+        assert len(watch.found[True]) > 10
         numbers.append(set(watch.found[True]))
     (plain,), (pruned,), (taught,) = numbers
     inputs = {key: value.to(device) for key, value in rows.items()}

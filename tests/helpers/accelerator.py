@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -131,69 +132,87 @@ def _note(name: str) -> None:
         noted.append(name)
 
 
-def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+@cache
+def _kind(func: Any) -> SimpleNamespace:
+    """What is known of an operation whatever it is given."""
     operation = func.overloadpacket
-    given = list(_tensors((*args, *kwargs.values())))
-    _refuse_mixed(func, operation, args, kwargs, given)
+    return SimpleNamespace(
+        operation=operation,
+        copies=operation in _COPIES,
+        indexes=operation in _INDEXING,
+        waits=operation in _WAITING,
+        strict=str(operation).removeprefix("aten.").startswith(_STRICT),
+        changes=func._schema.is_mutable,
+        views=func.is_view,
+    )
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    kind = _kind(func)
+    given: list[Tensor] = []
+    plain_args = _unwrapped(args, given)
+    plain_kwargs = {name: _unwrapped(value, given) for name, value in kwargs.items() if name != "pin_memory"}
+    if not kind.copies:
+        _refuse_mixed(func, kind, args, kwargs, given)
     target = kwargs.get("device")
     away = target is not None and torch.device(target).type != NAME
     if target is not None and not away:
-        kwargs = {**kwargs, "device": "cpu"}
-    kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
-    if _waits(operation, args, kwargs, away):
+        plain_kwargs["device"] = "cpu"
+    if _noted and _waits(kind, args, kwargs, away):
         _note(str(func))
     wrappers = {id(leaf.inner): leaf for leaf in given if isinstance(leaf, StandIn)}
-    result = func(*_each(args, _unwrapped), **{name: _each(value, _unwrapped) for name, value in kwargs.items()})
-    for leaf in wrappers.values():
-        if leaf.size() != leaf.inner.size() or leaf.stride() != leaf.inner.stride():
-            raise NotImplementedError(f"{func} changed the size of a tensor in place, which {NAME} cannot follow.")
+    result = func(*plain_args, **plain_kwargs)
+    if kind.changes:
+        for leaf in wrappers.values():
+            if leaf.size() != leaf.inner.size() or leaf.stride() != leaf.inner.stride():
+                raise NotImplementedError(f"{func} changed the size of a tensor in place, which {NAME} cannot follow.")
     if away:  # a copy elsewhere, or a new tensor there
         return result
-    here = not args or not isinstance(args[0], Tensor) or isinstance(args[0], StandIn) or operation not in _COPIES
-    if not here:  # into a tensor of the CPU
-        return result
+    if kind.copies and args and isinstance(args[0], Tensor) and not isinstance(args[0], StandIn):
+        return result  # into a tensor of the CPU
     # In inference mode a view of a tensor that was made outside is none of inference's.
-    if func.is_view and torch.is_inference_mode_enabled() and not args[0].is_inference():
+    if kind.views and torch.is_inference_mode_enabled() and not args[0].is_inference():
         with torch.inference_mode(False):
-            return _each(result, lambda leaf: _wrapped(leaf, wrappers))
-    return _each(result, lambda leaf: _wrapped(leaf, wrappers))
+            return _wrapped(result, wrappers)
+    return _wrapped(result, wrappers)
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
+def _unwrapped(value: Any, found: list[Tensor]) -> Any:
+    """What an operation takes, as the CPU takes it: one thing, or lists of them. Notes the tensors as they are."""
+    if isinstance(value, Tensor):
+        found.append(value)
+        return value.inner if isinstance(value, StandIn) else value
+    if isinstance(value, (list, tuple)):
+        return type(value)([_unwrapped(one, found) for one in value])
+    return value
+
+
+def _wrapped(value: Any, wrappers: dict[int, StandIn]) -> Any:
+    """What an operation returns, on the device: tensors that it was given, as they were given."""
+    if isinstance(value, Tensor):
+        if value.is_meta:
+            return value
+        return wrappers[id(value)] if id(value) in wrappers else StandIn(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_wrapped(one, wrappers) for one in value])
+    return value
 
 
 def _each(value: Any, change: Callable[[Any], Any]) -> Any:
-    """What an operation takes or returns, its tensors changed: one thing, or lists of them."""
+    """Lists of things, or one, with every one changed."""
     if isinstance(value, (list, tuple)):
         return type(value)([_each(one, change) for one in value])
     return change(value)
 
 
-def _unwrapped(leaf: Any) -> Any:
-    return leaf.inner if isinstance(leaf, StandIn) else leaf
-
-
-def _wrapped(leaf: Any, wrappers: dict[int, StandIn]) -> Any:
-    if not isinstance(leaf, Tensor) or leaf.is_meta:
-        return leaf
-    return wrappers[id(leaf)] if id(leaf) in wrappers else StandIn(leaf)
-
-
-def _refuse_mixed(func: Any, operation: Any, args: Any, kwargs: dict[str, Any], given: list[Tensor]) -> None:
-    if operation in _COPIES:
-        return
+def _refuse_mixed(func: Any, kind: Any, args: Any, kwargs: dict[str, Any], given: list[Tensor]) -> None:
     if all(isinstance(leaf, StandIn) for leaf in given):
         return
-    strict = str(operation).removeprefix("aten.").startswith(_STRICT)
-    if operation in _INDEXING:  # the indices may be on the CPU, what they are of may not
-        given = list(_tensors((args[0], *args[2:], *kwargs.values())))
-    others = {str(leaf.device) for leaf in given if not isinstance(leaf, StandIn) and (leaf.dim() or strict)}
-    if operation in _INDEXING and not isinstance(args[0], StandIn):
+    if kind.indexes:  # the indices may be on the CPU, what they are of may not
+        given = []
+        _unwrapped((args[0], *args[2:], *kwargs.values()), given)
+    others = {str(leaf.device) for leaf in given if not isinstance(leaf, StandIn) and (leaf.dim() or kind.strict)}
+    if kind.indexes and not isinstance(args[0], StandIn):
         others.add(str(args[0].device))
     if others:
         raise RuntimeError(
@@ -202,19 +221,20 @@ def _refuse_mixed(func: Any, operation: Any, args: Any, kwargs: dict[str, Any], 
         )
 
 
-def _waits(operation: Any, args: Any, kwargs: dict[str, Any], away: bool) -> bool:
-    if operation in _COPIES:
-        source = args[1 if operation is aten.copy_ else 0]
-        target = isinstance(args[0], StandIn) if operation is aten.copy_ else not away
+def _waits(kind: Any, args: Any, kwargs: dict[str, Any], away: bool) -> bool:
+    if kind.copies:
+        into = kind.operation is aten.copy_
+        source = args[1 if into else 0]
+        target = isinstance(args[0], StandIn) if into else not away
         if not source.numel():  # nothing goes anywhere
             return False
         if isinstance(source, StandIn):
             return not target
         # Memory that is not pinned is copied while the host waits; a number goes along with a launch.
         return target and source.dim() > 0 and not kwargs.get("non_blocking") and True not in args[2:]
-    if operation in _INDEXING:
+    if kind.indexes:
         return any(_waits_for(index) for index in args[1])
-    return operation in _WAITING and kwargs.get("output_size") is None
+    return kind.waits and kwargs.get("output_size") is None
 
 
 def _waits_for(index: Any) -> bool:
