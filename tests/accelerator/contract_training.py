@@ -21,8 +21,8 @@ COMPILED = os.environ.get("HF_OTO_TEST_COMPILE") == "1"
 STEPS = 24 if PRECISION == "float16" else 9  # a scaler leaves out the first steps, until it has found its scale
 CONFIG = OTOConfig(min_neurons=4, round_to=4, pruning_periods=2, keep_dropout=False)
 TRAINED = ONE_EACH + OTHERS
-# In full size by one of each layout of weights and inputs: what is other than in a run that shrinks, which every family
-# has, is what HSPG does to the groups, and their cut at the end.
+# In full size by one of each layout of weights and inputs: what is other than in a run that shrinks, as every family
+# has it, is what HSPG does to the groups, and their cut at the end.
 IN_FULL = (
     *("BertForQuestionAnswering", "DistilBertForQuestionAnswering", "ModernBertForQuestionAnswering"),
     *("DebertaV2ForQuestionAnswering", "ViTForImageClassification", "Wav2Vec2ForCTC", "Qwen3ForCausalLM"),

@@ -10,7 +10,7 @@ from families import ONE_EACH, counts, largest_difference, outputs, question_bat
 from short_runs import DATA, StopAt, arguments, same_weights
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
-from transformers import AutoModelForQuestionAnswering
+from transformers import AutoModelForQuestionAnswering, TrainerCallback
 
 from hf_oto import HSPG, OTOConfig, OTOTrainer, compress, partition, shrink
 from hf_oto.models.modeling_oto import BiasOnly, Headless
@@ -54,20 +54,20 @@ def far(actual, expected):
     return max(differences)
 
 
-def both(name, dtype, base, **options):
+def both(name, dtype, base, steps=STEPS, **options):
     """The unshrunk and the shrunk run: model, optimizer, metrics and shrinks of each."""
     runs = []
     for shrinks in (False, True):
         model = tiny_model(name).to(dtype)
-        optimizer = optimizer_for(model, base, **options)
-        runs.append((model, optimizer, *train(model, optimizer, STEPS, shrinks=shrinks)))
+        optimizer = optimizer_for(model, base, steps, **options)
+        runs.append((model, optimizer, *train(model, optimizer, steps, shrinks=shrinks)))
     return runs
 
 
 @pytest.mark.parametrize(
     ("name", "base", "options"),
     [
-        *((name, torch.optim.AdamW, {"weight_decay": 0.1}) for name in ONE_EACH),
+        *((name, torch.optim.AdamW, {"weight_decay": 0.1}) for name in (ONE_EACH[0], ONE_EACH[-1])),
         (ONE_EACH[0], torch.optim.SGD, {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.01}),
     ],
 )
@@ -95,9 +95,9 @@ def test_the_run_is_that_of_the_unshrunk_model(name, base, options):
     assert far(again, small) <= 1e-7 and counts(again) == counts(small)
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
-def test_in_single_precision_it_differs_by_rounding(name):
-    (full, *_, expected, _), (model, _, metrics, _) = both(name, torch.float32, torch.optim.SGD, lr=0.03, momentum=0.9)
+def test_in_single_precision_it_differs_by_rounding():
+    options = {"lr": 0.03, "momentum": 0.9}
+    (full, *_, expected, _), (model, _, metrics, _) = both(ONE_EACH[0], torch.float32, torch.optim.SGD, **options)
     assert metrics == expected
     assert far(model, compress(full)) <= 1e-4  # 40 steps of sums with fewer zeros in them, each off by some 1e-7
     assert largest_difference(outputs(model), outputs(full)) <= 1e-4
@@ -117,7 +117,10 @@ def test_in_single_precision_it_differs_by_rounding(name):
     ],
 )
 def test_optimizers_that_move_every_weight_by_itself(base, options):
-    (full, _, expected, _), (model, _, metrics, shrunk) = both(ONE_EACH[0], torch.float64, base, **options)
+    config = DEEP | {"pruning_periods": 5}
+    (full, _, expected, _), (model, _, metrics, shrunk) = both(
+        ONE_EACH[0], torch.float64, base, steps=20, config=config, **options
+    )
     assert shrunk and metrics == expected
     assert far(model, compress(full)) <= 1e-6
 
@@ -227,7 +230,7 @@ def test_only_what_may_be_removed_is_cut():
     assert partition(model).block_counts.neurons == (24,) * 3 and sum(partition(model).block_counts.heads) == 6
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", [ONE_EACH[0], ONE_EACH[-1]])
 def test_a_loop_of_your_own_resumes_exactly(name, tmp_path):
     model = tiny_model(name)
     optimizer = optimizer_for(model)
@@ -330,7 +333,8 @@ ACCUMULATED = {"optim": "sgd", "gradient_accumulation_steps": 2}
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [*((name, {}) for name in ONE_EACH), (ONE_EACH[0], ACCUMULATED | {"max_grad_norm": 0.1})]
+    ("name", "options"),
+    [(ONE_EACH[0], {}), (ONE_EACH[-1], {}), (ONE_EACH[0], ACCUMULATED | {"max_grad_norm": 0.1})],
 )
 def test_trainer_ends_where_the_unshrunk_run_ends(name, options, tmp_path):
     full, trainer = (make(tmp_path, name, config, dtype=torch.float64, **options) for config in (KEPT_FULL, SHRINKING))
@@ -352,15 +356,23 @@ def test_trainer_ends_where_the_unshrunk_run_ends(name, options, tmp_path):
     assert (tmp_path / "False" / "modeling_oto.py").exists()
 
 
+class SaveAt(TrainerCallback):
+    def __init__(self, *steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step in self.steps
+
+
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [*((name, {}) for name in ONE_EACH), (ONE_EACH[0], ACCUMULATED)],
+    ("name", "options", "stops"),
+    [(ONE_EACH[0], {}, (3, 5, 9, 14)), (ONE_EACH[-1], {}, (5, 14)), (ONE_EACH[0], ACCUMULATED, (5, 14))],
 )
-def test_checkpoints_are_as_small_as_the_model_and_resume_exactly(name, options, tmp_path):
-    whole = make(tmp_path, name, save_strategy="steps", save_steps=1, **options)
+def test_checkpoints_are_as_small_as_the_model_and_resume_exactly(name, options, stops, tmp_path):
+    whole = make(tmp_path, name, callbacks=[SaveAt(*stops)], **options)
     whole.train()
     sizes = set()
-    for stop in (3, 5, 9, 14):
+    for stop in stops:
         resumed = make(tmp_path / "resumed", name, **options)
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
         assert resumed.state.global_step == whole.state.global_step
@@ -372,11 +384,11 @@ def test_checkpoints_are_as_small_as_the_model_and_resume_exactly(name, options,
         loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path / f"checkpoint-{stop}")
         assert counts(loaded) == counts(resumed.model) or stop < 14
         sizes.add(sum(parameter.numel() for parameter in loaded.parameters()))
-    assert len(sizes) == 4
+    assert len(sizes) == len(stops)
 
 
 def test_resuming_in_the_same_trainer_and_with_the_users_own_optimizer(tmp_path):
-    whole = make(tmp_path, save_strategy="steps", save_steps=1)
+    whole = make(tmp_path, callbacks=[SaveAt(2, 9)])
     whole.train()
     trainer = make(tmp_path / "same", callbacks=[StopAt(2)])
     trainer.train()

@@ -1,10 +1,11 @@
-"""What the longer tests show for the first families, in short for every other: training, and shrinking."""
+"""What the longer tests show for the first family, in short for every other: training, and shrinking."""
 
 import pytest
 import torch
 import transformers
 from families import (
     MODELS,
+    ONE_EACH,
     OTHERS,
     batch,
     counts,
@@ -39,7 +40,7 @@ def train(model, shrinking=False):
     return optimizer
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", ONE_EACH[1:] + OTHERS)
 def test_training_meets_the_target_and_goes_on_in_a_shrunk_model(name, tmp_path):
     full = tiny_model(name).double()
     full.save_pretrained(tmp_path / "dense")
