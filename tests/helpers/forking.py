@@ -105,7 +105,7 @@ def run_ranks(count, command, *, env=None, timeout=300):
                 complained = running.pop(connection)
                 if int(connection.recv(10)):
                     complained.seek(0)
-                    raise AssertionError(complained.read().decode()[-4000:])
+                    raise AssertionError(complained.read().decode())
 
 
 def serve(address):

@@ -123,6 +123,7 @@ def save(model, optimizer, folder: Path, kind: str) -> None:
         "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
     }
     if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
         torch.save(state, folder / "full.pt")
 
 

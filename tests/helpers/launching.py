@@ -29,7 +29,8 @@ class Launches:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not said.exists():
                 said.write_text(self.launch(modes))
-        assert said.read_text() == ""
+        if complaint := said.read_text():
+            raise AssertionError(complaint)
 
     def launch(self, modes):
         try:
