@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..models.example_inputs import longest_input, unpadded_batch
 from ..report.summary import summarize
-from .onnx_export import check_packages, export_onnx, inference_session
+from .onnx_export import check_packages, export_precisions, inference_session
 from .threads import using_threads
 from .timing import Timer, device_name
 
@@ -151,10 +151,9 @@ def _measurements(
         number = stack.enter_context(using_threads(threads))
         for model in models:
             model.eval()
+        files = _exported(models, ONNX_BACKENDS.intersection(backends), stack)
         for backend in backends:
-            sessions = (
-                _sessions(models, number, stack, int8=backend == "onnx-int8") if backend in ONNX_BACKENDS else []
-            )
+            sessions = [_session_runner(inference_session(path, number)) for path in files.get(backend, [])]
             for length in sequence_lengths:
                 for batch_size in batch_sizes:
                     batches = [unpadded_batch(model, batch_size, length) for model in models]
@@ -176,14 +175,16 @@ def _measurements(
                     )
 
 
-def _sessions(models: Sequence[PreTrainedModel], threads: int, stack: ExitStack, *, int8: bool) -> list[Run]:
-    """Both models in ONNX Runtime; their files go when the stack closes."""
-    folder = Path(stack.enter_context(TemporaryDirectory()))
-    sessions = []
-    for index, model in enumerate(models):
-        export_onnx(model, folder / f"{index}.onnx", int8=int8)
-        sessions.append(_session_runner(inference_session(folder / f"{index}.onnx", threads)))
-    return sessions
+def _exported(models: Sequence[PreTrainedModel], backends: Collection[str], stack: ExitStack) -> dict[str, list[Path]]:
+    """The files of both models for every backend of ONNX Runtime. They go when the stack closes."""
+    files: dict[str, list[Path]] = {backend: [] for backend in backends}
+    for index, model in enumerate(models if files else ()):
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        paths = {backend: folder / f"{index}-{backend}.onnx" for backend in backends}
+        export_precisions(model, paths.get("onnx"), paths.get("onnx-int8"))
+        for backend, path in paths.items():
+            files[backend].append(path)
+    return files
 
 
 def _session_runner(session: Any) -> Run:

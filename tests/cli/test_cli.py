@@ -32,7 +32,7 @@ from typer.testing import CliRunner
 from hf_oto import HSPG, OTOConfig, QuestionAnswerer, partition, summarize
 from hf_oto.cli.app import COMMANDS as APP_COMMANDS
 from hf_oto.cli.app import app, main
-from hf_oto.deploy import benchmark
+from hf_oto.deploy import benchmark, onnx_export
 from hf_oto.deploy.answering import OnnxAnswerer
 from hf_oto.deploy.benchmark import measure
 from hf_oto.deploy.onnx_export import export_onnx, inference_session
@@ -358,7 +358,7 @@ def test_compress_keeps_what_it_does_not_know(tmp_path):
 def test_a_config_that_names_a_head_without_weights_is_a_base_model(tmp_path):
     """As in the published folders of sentence-transformers."""
     checkpoint, out = tmp_path / "model", tmp_path / "small"
-    model = saved(checkpoint, "MPNetModel", zeros=True)
+    model = saved(checkpoint, "MPNetModel", zeros=True, num_hidden_layers=1)
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"architectures": ["MPNetForMaskedLM"]}))
     assert answered("inspect", checkpoint)["class"] == "MPNetModel"
@@ -659,23 +659,28 @@ def test_bench_restores_the_threads_and_takes_models_of_two_families(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["compile", "onnx", "onnx-int8"])
-def test_bench_on_other_backends(backend, pair, monkeypatch):
+@pytest.mark.parametrize("backends", [["compile"], ["onnx-int8", "onnx"]], ids="-and-".join)
+def test_bench_on_other_backends(backends, pair, monkeypatch):
+    """Of both kinds of ONNX a model is traced once."""
     import onnx
 
-    operations = []
+    operations, traces, traced = [], [], onnx_export._traced
 
     def session(path, threads):
         operations.append({node.op_type for node in onnx.load(path).graph.node})
         return inference_session(path, threads)
 
     monkeypatch.setattr(benchmark, "inference_session", session)
-    options = ["--backend", backend, "--sequence-length", 8, "--repeats", 2, "--threads", 1]
-    (row,) = answered("bench", *pair, *options)["measurements"]
-    assert row["backend"] == backend and row["dense"]["median"] > 0 and row["pruned"]["median"] > 0
+    monkeypatch.setattr(onnx_export, "_traced", lambda *args: traces.append(args) or traced(*args))
+    options = [option for backend in backends for option in ("--backend", backend)]
+    options += ["--sequence-length", 8, "--repeats", 2, "--threads", 1]
+    rows = answered("bench", *pair, *options)["measurements"]
+    assert [row["backend"] for row in rows] == backends
+    assert all(row["dense"]["median"] > 0 and row["pruned"]["median"] > 0 for row in rows)
     assert set(pair[0].parent.iterdir()) == {*pair}
     in_int8 = ["MatMulInteger" in found or "DynamicQuantizeMatMul" in found for found in operations]
-    assert in_int8 == {"compile": [], "onnx": [False] * 2, "onnx-int8": [True] * 2}[backend]
+    assert in_int8 == ([] if backends == ["compile"] else [True, True, False, False])
+    assert len(traces) == len(in_int8) / 2
 
 
 def test_what_cannot_be_timed_is_refused(pair, monkeypatch):
