@@ -85,6 +85,12 @@ def what_is_imported_stays():
 
 
 @pytest.fixture
+def without_pictures(monkeypatch):
+    """As where there is no matplotlib, for runs that take less time than to draw them."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+
+@pytest.fixture
 def device():
     """Where a contract is tried: what `HF_OTO_TEST_DEVICE` names."""
     return torch.device(DEVICE, 0) if DEVICE != "cpu" else torch.device("cpu")

@@ -16,6 +16,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 
 from hf_oto import OTOConfig, OTOTrainer, summarize
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 NAME = "BertForQuestionAnswering"
 CONFIG = OTOConfig(min_neurons=4, round_to=4, pruning_periods=2)
 STEPS = 8  # warm-up 1, pruning 4, recovery 3

@@ -75,7 +75,8 @@ def test_the_folder_is_the_familys_own(tmp_path, monkeypatch):
 
 def test_what_an_output_says_of_padding_is_nothing(tmp_path):
     """With a window of 8 tokens those far in the padding see none, of which every implementation makes its own."""
-    model = tiny_model("ModernBertForTokenClassification", num_hidden_layers=2)  # the second one has the window
+    windows = {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}
+    model = tiny_model("ModernBertForTokenClassification", **windows)
     done = onnx_export.export_onnx(model, tmp_path / "model.onnx")
     assert done.error <= 1e-5
     inputs = batch(model, length=40)

@@ -15,6 +15,8 @@ from hf_oto import HSPG, OTOConfig, OTOTrainer, partition
 from hf_oto.hspg.group_weights import group_weights
 from hf_oto.models.groups import zero_groups
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 CONFIG = OTOConfig(min_neurons=4, round_to=4, pruning_periods=4)
 STEPS = 24  # warm-up 4, pruning 10, recovery 10
 BERT = ONE_EACH[0]

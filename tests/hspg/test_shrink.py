@@ -336,7 +336,7 @@ ACCUMULATED = {"optim": "sgd", "gradient_accumulation_steps": 2}
     ("name", "options"),
     [(ONE_EACH[0], {}), (ONE_EACH[-1], {}), (ONE_EACH[0], ACCUMULATED | {"max_grad_norm": 0.1})],
 )
-def test_trainer_ends_where_the_unshrunk_run_ends(name, options, tmp_path):
+def test_trainer_ends_where_the_unshrunk_run_ends(name, options, tmp_path, without_pictures):
     full, trainer = (make(tmp_path, name, config, dtype=torch.float64, **options) for config in (KEPT_FULL, SHRINKING))
     model = trainer.model
     full.train()

@@ -100,13 +100,7 @@ def test_the_card_has_a_table_and_a_picture_of_all_sizes(trained):
     assert "(milestones.png)" in section and (folder / "run" / "milestones.png").stat().st_size > 1000
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """They take longer than the training."""
-    monkeypatch.setattr(OTOTrainer, "_pictures", lambda self, small=None: {})
-
-
-def test_resuming_is_exact_from_every_stage(tmp_path, caplog, no_pictures):
+def test_resuming_is_exact_from_every_stage(tmp_path, caplog, without_pictures):
     """Elsewhere: milestones that were passed before are taken from beside the checkpoint."""
     options = {"dropout": True, "config": replace(SIZES, shrink_during_training=True), "max_steps": STEPS}
     whole = make_run(tmp_path / "whole", save_steps=1, **options)
@@ -139,7 +133,7 @@ class Scripted(OTOTrainer):
         return output
 
 
-def test_each_size_is_the_best_of_its_recovery_and_training_goes_on_from_the_last(tmp_path, no_pictures):
+def test_each_size_is_the_best_of_its_recovery_and_training_goes_on_from_the_last(tmp_path, without_pictures):
     options = {"kind": Scripted, "config": SIZES, "eval_strategy": "steps", "eval_steps": 1}
     plain = make(tmp_path / "plain", save_strategy="steps", save_steps=STEPS, **options)
     plain.train()
@@ -162,7 +156,7 @@ def test_each_size_is_the_best_of_its_recovery_and_training_goes_on_from_the_las
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-22", "checkpoint-24"}
 
 
-def test_the_numbers_are_those_of_the_weights_that_are_kept(tmp_path, caplog, no_pictures):
+def test_the_numbers_are_those_of_the_weights_that_are_kept(tmp_path, caplog, without_pictures):
     """The best ones, of step 9 and of 22, are in no checkpoint; and what is evaluated later is of other data."""
     trainer = make(
         tmp_path / "run",
@@ -186,7 +180,7 @@ def test_the_numbers_are_those_of_the_weights_that_are_kept(tmp_path, caplog, no
 
 
 @pytest.mark.parametrize("milestones", [(0.3, 0.5), ()], ids=str)
-def test_a_metric_that_there_is_not_is_refused_at_the_first_evaluation(milestones, tmp_path, no_pictures):
+def test_a_metric_that_there_is_not_is_refused_at_the_first_evaluation(milestones, tmp_path, without_pictures):
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     options |= {"load_best_model_at_end": True, "metric_for_best_model": "f1"}
     trainer = make(tmp_path, config=replace(SIZES, milestones=milestones), **options)
@@ -195,13 +189,13 @@ def test_a_metric_that_there_is_not_is_refused_at_the_first_evaluation(milestone
     assert trainer.state.global_step == 1
 
 
-def test_a_metric_for_the_picture_alone_stops_nothing(tmp_path, no_pictures):
+def test_a_metric_for_the_picture_alone_stops_nothing(tmp_path, without_pictures):
     trainer = make(tmp_path, config=SIZES, metric_for_best_model="f1")
     trainer.train()
     assert trainer.hspg.target_reached
 
 
-def test_an_epochs_evaluation_is_the_last_one(tmp_path, no_pictures):
+def test_an_epochs_evaluation_is_the_last_one(tmp_path, without_pictures):
     trainer = make(tmp_path, config=SIZES, max_steps=-1, num_train_epochs=2, eval_strategy="epoch")
     trainer.train()
     assert [e["step"] for e in trainer.state.log_history if "eval_loss" in e] == [10, 10, 15, 20]  # of legs, epochs
@@ -226,7 +220,7 @@ def put_model(place):
 
 
 @pytest.mark.parametrize("put", [put_file, put_link, put_checkpoint, put_model])
-def test_what_is_in_the_way_is_refused_before_anything_is_done(put, tmp_path, no_pictures):
+def test_what_is_in_the_way_is_refused_before_anything_is_done(put, tmp_path, without_pictures):
     trainer = make(tmp_path / "run", config=SIZES)
     (tmp_path / "run").mkdir(exist_ok=True)
     put(tmp_path / "run" / "0.50")
@@ -242,7 +236,7 @@ def test_what_is_in_the_way_is_refused_before_anything_is_done(put, tmp_path, no
     assert [path.name for path in (tmp_path / "small").iterdir()] == ["0.50"]
 
 
-def test_another_runs_model_is_not_taken_for_ones_own(tmp_path, caplog, no_pictures):
+def test_another_runs_model_is_not_taken_for_ones_own(tmp_path, caplog, without_pictures):
     """Of a folder with the milestones of another run in it, into which one is resumed."""
     other = make(tmp_path / "here", config=SIZES, learning_rate=1e-2)
     other.train()
@@ -261,7 +255,7 @@ def test_another_runs_model_is_not_taken_for_ones_own(tmp_path, caplog, no_pictu
     assert [size.name for size in resumed._sizes()] == ["0.30", "0.70"]
 
 
-def test_a_second_run_of_a_trainer_keeps_its_own(tmp_path, no_pictures):
+def test_a_second_run_of_a_trainer_keeps_its_own(tmp_path, without_pictures):
     trainer = make(tmp_path, config=SIZES, extra={"callbacks": [StopAt(13)]})
     trainer.model_init = lambda: tiny_model(ONE_EACH[0])
     trainer.train()
@@ -271,7 +265,7 @@ def test_a_second_run_of_a_trainer_keeps_its_own(tmp_path, no_pictures):
     assert (tmp_path / "0.30" / "model.safetensors").read_bytes() != first
 
 
-def test_a_model_between_sizes_has_no_numbers_of_an_earlier_one(tmp_path, no_pictures):
+def test_a_model_between_sizes_has_no_numbers_of_an_earlier_one(tmp_path, without_pictures):
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "milestone.json").write_text("{}")
     trainer = make(tmp_path / "run", config=SIZES, extra={"callbacks": [StopAt(19)]})
@@ -282,14 +276,14 @@ def test_a_model_between_sizes_has_no_numbers_of_an_earlier_one(tmp_path, no_pic
     assert "Every size of this run" not in (tmp_path / "run" / "README.md").read_text()  # it is none of them
 
 
-def test_a_run_that_stops_between_milestones_says_which_sizes_are_finished(tmp_path, caplog, no_pictures):
+def test_a_run_that_stops_between_milestones_says_which_sizes_are_finished(tmp_path, caplog, without_pictures):
     trainer = make(tmp_path, config=SIZES, save_strategy="steps", save_steps=50, extra={"callbacks": [StopAt(14)]})
     trainer.train()
     assert "The sizes 0.30 are finished, each in its folder." in caplog.text
     assert not (tmp_path / "config.json").exists() and read(tmp_path / "0.30")
 
 
-def test_milestones_of_equal_blocks_are_of_the_familys_own_class(tmp_path, no_pictures):
+def test_milestones_of_equal_blocks_are_of_the_familys_own_class(tmp_path, without_pictures):
     config = replace(SIZES, uniform=True, structures=("neurons",))
     make(tmp_path, config=config, save_strategy="steps", save_steps=50, max_steps=STEPS).train()
     widths = [BertConfig.from_pretrained(tmp_path / name).intermediate_size for name in ("0.30", "0.50", "")]

@@ -126,17 +126,17 @@ class SaveAt(TrainerCallback):
 ADAFACTOR = {"optim": "adafactor", "gradient_accumulation_steps": 2}
 
 
-@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in ONE_EACH), (ONE_EACH[0], ADAFACTOR)])
-def test_resuming_is_exact_in_every_stage(name, options, tmp_path):
+@pytest.mark.parametrize("options", [{}, ADAFACTOR])
+def test_resuming_is_exact_in_every_stage(options, tmp_path):
     stops = (2, 5, 9, 14, 20)
-    whole = make(tmp_path / "whole", name, extra={"callbacks": [SaveAt(*stops)]}, **options)
+    whole = make(tmp_path / "whole", extra={"callbacks": [SaveAt(*stops)]}, **options)
     whole.train()
     for stop in stops:
         folder = tmp_path / "whole"
         if stop == 9:  # one that stops where it is saved
             folder = tmp_path / "stopped"
-            make(folder, name, extra={"callbacks": [StopAt(stop)]}, **options).train()
-        resumed = make(tmp_path / "resumed", name, **options)
+            make(folder, extra={"callbacks": [StopAt(stop)]}, **options).train()
+        resumed = make(tmp_path / "resumed", **options)
         resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{stop}"))
         assert resumed.state.global_step == STEPS
         assert same_weights(resumed.model, whole.model), stop
