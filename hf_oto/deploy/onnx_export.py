@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -58,9 +60,20 @@ class Export:
 
 
 def check_packages() -> None:
-    """Raise `ImportError` if a package that the export needs is not installed."""
+    """Raise `ImportError` if a package that the export needs is not installed, or torch too old for it."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise ImportError(f"ONNX needs {', '.join(missing)}: `pip install 'hf-oto[onnx]'`.")
+    needed = "a later torch"  # than one whose internals the exporter does not find
+    with contextlib.suppress(ImportError):
+        from transformers.exporters.exporter_onnx import OnnxExporter
+
+        least = getattr(OnnxExporter, "min_versions", {}).get("torch", "0")
+        if Version(torch.__version__) >= Version(least):
+            return
+        needed = f"torch {least} or later"
+    raise ImportError(
+        f"ONNX export by transformers {transformers.__version__} needs {needed}, got {torch.__version__}. Upgrade it."
+    )
 
 
 def export_onnx(
@@ -96,7 +109,7 @@ def export_onnx(
         [`Export`]
 
     Raises:
-        `ImportError`: `onnx`, `onnxscript` or `onnxruntime` is not installed.
+        `ImportError`: `onnx`, `onnxscript` or `onnxruntime` is not installed, or torch too old for the exporter.
         `FileExistsError`: There is a file at `path`.
         `ValueError`: The model reads no tokens, is not on the CPU in float32, or ONNX Runtime computes something else.
     """

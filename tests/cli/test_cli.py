@@ -702,10 +702,19 @@ def test_what_cannot_be_timed_is_refused(pair, monkeypatch):
         benchmark.measure(models[0], models[1].bfloat16(), sequence_lengths=(8,))
     for name in ("batch-size", "sequence-length", "threads", "repeats", "warmup"):
         assert f"`{name.replace('-', '_')}` must be at least 1, got 0" in refused("bench", *pair, f"--{name}", 0)
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    error = "ONNX needs onnxruntime: `pip install 'hf-oto[onnx]'`."
-    assert error in refused("bench", *pair, "--backend", "eager", "--backend", "onnx")
-    assert error in refused("export", pair[0], "model.onnx")
+    exporter, version = "transformers.exporters.exporter_onnx", transformers.__version__
+    errors = {
+        "onnxruntime": "ONNX needs onnxruntime: `pip install 'hf-oto[onnx]'`.",
+        exporter: f"ONNX export by transformers {version} needs a later torch, got {torch.__version__}. Upgrade it.",
+    }
+    for missing, error in errors.items():
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, missing, None)
+            assert error in refused("bench", *pair, "--backend", "eager", "--backend", "onnx")
+            assert error in refused("export", pair[0], "model.onnx")
+    least = {"torch": "99.0.0"}
+    monkeypatch.setattr(importlib.import_module(exporter).OnnxExporter, "min_versions", least, raising=False)
+    assert "needs torch 99.0.0 or later, got 2." in refused("export", pair[0], "model.onnx")
 
 
 # export

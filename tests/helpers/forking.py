@@ -75,7 +75,7 @@ def server():
     address = os.path.join(tempfile.mkdtemp(), "socket")
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
     environment["MPLBACKEND"] = "agg"
-    command = [sys.executable, "-P", __file__, address]
+    command = [sys.executable, __file__, address]
     process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
     server.process = process  # whose input stays open
@@ -175,7 +175,7 @@ def interpret(asked):
             action, _, module = rest.pop(0).partition(":::")
             warnings.filterwarnings(action, module=re.escape(module) + r"\Z" if module else "")
         first, *rest = rest
-    sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     folder = {"-c": "", "-m": os.getcwd()}.get(first, os.path.dirname(os.path.realpath(first)))
     if not safe:
         sys.path.insert(0, folder)
