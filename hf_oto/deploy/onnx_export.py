@@ -63,17 +63,14 @@ def check_packages() -> None:
     """Raise `ImportError` if a package that the export needs is not installed, or torch too old for it."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise ImportError(f"ONNX needs {', '.join(missing)}: `pip install 'hf-oto[onnx]'`.")
-    needed = "a later torch"  # than one whose internals the exporter does not find
-    with contextlib.suppress(ImportError):
+    by = f"ONNX export by transformers {transformers.__version__}"
+    try:
         from transformers.exporters.exporter_onnx import OnnxExporter
-
-        least = getattr(OnnxExporter, "min_versions", {}).get("torch", "0")
-        if Version(torch.__version__) >= Version(least):
-            return
-        needed = f"torch {least} or later"
-    raise ImportError(
-        f"ONNX export by transformers {transformers.__version__} needs {needed}, got {torch.__version__}. Upgrade it."
-    )
+    except ImportError as error:  # as where torch does not have what it imports
+        raise ImportError(f"{by} does not import with torch {torch.__version__}: {error}. Upgrade torch.") from error
+    least = getattr(OnnxExporter, "min_versions", {}).get("torch", "0")
+    if Version(torch.__version__) < Version(least):
+        raise ImportError(f"{by} needs torch {least} or later, got {torch.__version__}. Upgrade torch.")
 
 
 def export_onnx(
@@ -128,7 +125,16 @@ def export_precisions(
     atol: float = 1e-4,
     seed: int = 0,
 ) -> list[Export]:
-    """[`export_onnx`] in float32, in int8, or in both: what takes longest, the trace, is done once."""
+    """
+    [`export_onnx`] in float32, in int8, or in both: what takes longest, the trace, is done once.
+
+    Args:
+        path, int8_path (`Path`, *optional*): The files; one may be `None`. Neither is there before both are done.
+        model, score, pooling, atol, seed: As in [`export_onnx`].
+
+    Returns:
+        `list[Export]`: Of the files asked for, float32 first. It raises what [`export_onnx`] does.
+    """
     check_packages()
     targets = [file for file in (path, int8_path) if file is not None]
     for target in targets:
