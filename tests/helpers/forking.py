@@ -97,15 +97,16 @@ def run_ranks(count, command, *, env=None, timeout=300):
         for rank in range(count):
             complained = ended.enter_context(tempfile.TemporaryFile())
             own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            running[ended.enter_context(start(command, None, own, [said.fileno(), complained.fileno()]))] = complained
+            connection = ended.enter_context(start(command, None, own, [said.fileno(), complained.fileno()]))
+            running[connection] = rank, complained
         while running:
             ready, _, _ = select.select(list(running), [], [], timeout)
             assert ready, "ranks that wait for each other"
             for connection in ready:
-                complained = running.pop(connection)
-                if int(connection.recv(10)):
+                rank, complained = running.pop(connection)
+                if status := int(connection.recv(10)):
                     complained.seek(0)
-                    raise AssertionError(complained.read().decode())
+                    raise AssertionError(f"rank {rank} ended with {status}: {complained.read().decode()}")
 
 
 def serve(address):
