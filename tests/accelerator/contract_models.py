@@ -25,11 +25,6 @@ MANNERS = {
     **{kind: {"saliency": kind} for kind in ("taylor", "magnitude", "random")},
     "published": {"target_sparsity": None, "lmbda": 300.0, "epsilon": 0.9},
 }
-# One of each layout of what groups own: with biases, without, fused, with more projections, with shared heads.
-LAID_OUT = (
-    *("BertForQuestionAnswering", "ModernBertForQuestionAnswering", "DebertaV2ForQuestionAnswering"),
-    *("EsmForTokenClassification", "ViTForImageClassification", "Qwen3ForCausalLM"),
-)
 ANSWERING = [names[-1] for names in MODELS.values() if names[-1].endswith("ForQuestionAnswering")]
 READING = [name for name in EVERY if name not in ("ViTForImageClassification", "Wav2Vec2ForCTC", "HubertForCTC")]
 
@@ -123,7 +118,7 @@ def test_a_run_that_shrinks_goes_as_on_the_cpu(name, device):
 
 @pytest.mark.parametrize("manner", MANNERS)
 def test_groups_are_chosen_as_on_the_cpu(manner, device):
-    for name in LAID_OUT:
+    for name in ONE_EACH + OTHERS:
         models = [tiny_model(name, num_hidden_layers=2) for _ in range(2)]
         places = zip(models, ("cpu", device), strict=True)
         here, there = (trained(model, place, steps=3, **MANNERS[manner])[1:] for model, place in places)
