@@ -51,7 +51,7 @@ class ActedWeights:
             self._chosen = arrays, [], places
         self._values: list[Tensor] = []
         self._sq_norm_A = torch.zeros(0, dtype=torch.float32, device=self._device)
-        self._marks: list[tuple[int, int]] = []
+        self._marks = self._mark()
 
     def _find(self) -> None:
         arrays, groups, places = self._chosen
@@ -81,11 +81,12 @@ class ActedWeights:
         Read x_k, before the base optimizer's step: unless it is what the last step left, and nobody has written to it
         since, which torch counts. It does not count what is written in place through `.data`.
         """
-        marks = self._mark() if self._keeps else []
+        marks = self._mark()
         if self._values and marks == self._marks:
             return
         if self._foreach and [pointer for pointer, _ in marks] != [pointer for pointer, _ in self._marks]:
             self._find()
+            self._marks = marks
         zeros_A = torch.zeros(self._number, dtype=torch.float32, device=self._device)
         self._values, self._sq_norm_A = read(self._weights, zeros_A)
         self._sum_up(self._sq_norm_A)
@@ -110,7 +111,9 @@ class ActedWeights:
         sum_over_shards(sums_A, self._parameters)
 
     def _mark(self) -> list[tuple[int, int]]:
-        """Where the parameters lie, and how often they were written to."""
+        """Where the parameters lie, and how often they were written to; nothing where neither matters."""
+        if not (self._keeps or self._foreach):
+            return []
         return [(parameter.data_ptr(), parameter._version) for parameter in self._parameters]
 
 

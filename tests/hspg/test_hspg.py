@@ -632,6 +632,22 @@ def test_weights_that_somebody_else_writes_are_read_again(how, way):
             assert torch.allclose(part, old * 6 / 7, rtol=1e-5, atol=1e-7)
 
 
+def test_published_steps_are_of_the_weights_wherever_they_lie(way):
+    """Between two steps every weight gets other memory, as by `p.data = …`, and nothing else changes."""
+    config, runs = OTOConfig(target_sparsity=None, lmbda=3.0, epsilon=0.5), []
+    for moved in (False, True):
+        model, optimizer = model_and_optimizer("BertForQuestionAnswering", config, base=torch.optim.SGD, lr=0.03)
+        train(model, optimizer, 8)
+        for parameter in model.parameters() if moved else ():
+            parameter.data = parameter.data.clone()
+        train(model, optimizer, 20, first=8)
+        runs.append((weights(model), zeroed(model)))
+    (expected, zeros), (found, others) = runs
+    assert sum(int(mask.sum()) for mask in zeros.values()) > 8
+    assert all(torch.equal(mask, others[key]) for key, mask in zeros.items())
+    assert all(torch.equal(weight, found[key]) for key, weight in expected.items())
+
+
 @pytest.mark.parametrize("epsilon", [0.0, 0.8])
 def test_what_the_last_step_left_is_what_would_be_read(epsilon, monkeypatch, way):
     """Also where groups left their half-space: at step 9 all weights change sign, six steps before the period ends."""

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForQuestionAnswering
 
 from hf_oto import HSPG, OTOConfig, partition
-from hf_oto.hspg import devices
+from hf_oto.hspg import acted_weights, devices
 
 STEPS = 40  # warm-up 6, pruning 18, recovery 16
 BARS = {"first": 500, "warmup": 60, "ordinary": 150, "selection": 500, "end": 500, "recovery": 6}
@@ -93,6 +93,20 @@ def test_a_step_launches_no_more_than_its_bar(periods, accelerator):
         "ordinary": 0,
         "recovery": 0,
     }
+
+
+def test_what_a_period_acts_on_is_laid_out_once(accelerator, monkeypatch):
+    """Which copies the groups' numbers to the device, so that the host waits."""
+    laid_out, find = [], acted_weights.ActedWeights._find
+    monkeypatch.setattr(acted_weights.ActedWeights, "_find", lambda acted: laid_out.append(acted) or find(acted))
+    model = bert()
+    config = OTOConfig(pruning_periods=2, round_to=1)
+    optimizer = HSPG(torch.optim.SGD(model.named_parameters(), lr=0.1), partition(model), config, STEPS)
+    while optimizer.stage != "recovery":
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter) * 0.01 * (parameter != 0)
+        optimizer.step()
+    assert len(laid_out) == 2
 
 
 def test_the_counts_see_what_waits(accelerator):
