@@ -91,7 +91,8 @@ def export_onnx(
 
     Args:
         model ([`PreTrainedModel`]): On the CPU, in float32.
-        path (`str` or `os.PathLike`): The file, which must not exist. It appears whole or not at all.
+        path (`str` or `os.PathLike`):
+            The file. Neither it nor `<path>.data` may exist. It appears whole or not at all.
         int8 (`bool`, *optional*, defaults to `False`):
             Quantize the weights to int8, every output channel on its own, and activations as they come.
         score (`Callable`, *optional*):
@@ -107,7 +108,7 @@ def export_onnx(
 
     Raises:
         `ImportError`: `onnx`, `onnxscript` or `onnxruntime` is not installed, or torch too old for the exporter.
-        `FileExistsError`: There is a file at `path`.
+        `FileExistsError`: There is a file at `path`, or at `<path>.data`.
         `ValueError`: The model reads no tokens, is not on the CPU in float32, or ONNX Runtime computes something else.
     """
     path = Path(path)
@@ -137,9 +138,9 @@ def export_precisions(
     """
     check_packages()
     targets = [file for file in (path, int8_path) if file is not None]
-    for target in targets:
-        if target.exists():
-            raise FileExistsError(f"{target} exists already. Choose another file, or remove it.")
+    for file in (file for target in targets for file in (target, _beside(target))):
+        if file.exists():
+            raise FileExistsError(f"{file} exists already. Choose another file, or remove it.")
     if model.device.type != "cpu" or model.dtype != torch.float32:
         raise ValueError(
             f"`model` must be on the CPU in float32, got {model.dtype} on {model.device}. Pass it as "
@@ -175,7 +176,7 @@ def export_precisions(
             int8 = replace(float32, path=str(int8_path), int8_error=int8_error, int8_mean_error=int8_mean)
             made.append((small, int8_path, replace(int8, int8_scores=None if score is None else score(session))))
         for source, target, export in made:
-            files = sorted(source.parent.glob(f"{source.name}*"), reverse=True)  # the graph last: with it all is there
+            files = [file for file in (_beside(source), source) if file.exists()]  # with the graph all is there
             size = sum(file.stat().st_size for file in files)
             for file in files:
                 file.replace(target.with_name(file.name))
@@ -227,12 +228,17 @@ def _name_sizes(graph: Any, batch: Mapping[str, Tensor]) -> None:
             value.shape[dim] = names.get(str(size), size)
 
 
+def _beside(path: Path) -> Path:
+    """Where the weights of a large model are."""
+    return path.with_name(f"{path.name}.data")
+
+
 def _write(program: Any, path: Path) -> None:
     import onnx_ir
 
     tensors = [value.const_value for value in program.graph.initializers.values()]
     weights = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    onnx_ir.save(program, path, external_data=f"{path.name}.data" if weights > LARGEST_FILE else None)
+    onnx_ir.save(program, path, external_data=_beside(path).name if weights > LARGEST_FILE else None)
 
 
 def _quantized(source: Path, target: Path) -> Path:
@@ -244,7 +250,7 @@ def _quantized(source: Path, target: Path) -> Path:
             target,
             weight_type=QuantType.QInt8,
             per_channel=True,
-            use_external_data_format=source.with_name(f"{source.name}.data").exists(),
+            use_external_data_format=_beside(source).exists(),
         )
     return target
 

@@ -850,10 +850,17 @@ def test_export_writes_nothing_where_it_refuses(tmp_path):
 def test_weights_too_large_for_one_file_lie_beside_it(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_oto.deploy.onnx_export.LARGEST_FILE", 1000)
     model = tiny_model("DistilBertModel", num_hidden_layers=1)
-    export_onnx(model, tmp_path / "model.onnx")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
-    actual, expected = in_onnxruntime(tmp_path / "model.onnx", model, length=11)
+    path = tmp_path / "model[1].onnx"  # a pattern that it does not match itself
+    done = export_onnx(model, path)
+    sizes = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
+    assert sizes.keys() == {path.name, f"{path.name}.data"} and sum(sizes.values()) == done.bytes
+    actual, expected = in_onnxruntime(path, model, length=11)
     assert largest_difference(actual, expected) <= 1e-5
+    path.unlink()
+    before = everything_in(tmp_path)
+    with pytest.raises(FileExistsError, match=r"model\[1\].onnx.data exists already"):
+        export_onnx(model, path)
+    assert everything_in(tmp_path) == before
 
 
 # answer
