@@ -141,7 +141,9 @@ class MilestonesTrainer(PruningTrainer, CheckpointingTrainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._weights_of = int(Path(cast(str, self.state.best_model_checkpoint)).name.rpartition("-")[2])
+        best = Path(cast(str, self.state.best_model_checkpoint))
+        if best.is_dir():  # otherwise upstream has said that it goes on with the last weights
+            self._weights_of = int(best.name.rpartition("-")[2])
 
     @contextmanager
     def _best_weights(self, share: float) -> Iterator[None]:

@@ -179,6 +179,22 @@ def test_the_numbers_are_those_of_the_weights_that_are_kept(tmp_path, caplog, wi
         assert largest_difference(outputs(read(tmp_path / "small" / name)), Scripted.seen[step]) <= 1e-5, name
 
 
+def test_without_the_best_checkpoint_the_numbers_are_those_of_the_last_weights(tmp_path, without_pictures):
+    class Lost(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == STEPS:
+                shutil.rmtree(state.best_model_checkpoint)
+
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 2}
+    options |= {"load_best_model_at_end": True, "extra": {"callbacks": [Lost()]}}
+    trainer = make(tmp_path, kind=Scripted, config=SIZES, **options)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-22")
+    found = numbers(tmp_path)
+    assert (found["step"], found["scores"]["eval_loss"]) == (STEPS, Scripted.losses[STEPS])
+    assert largest_difference(outputs(read(tmp_path)), Scripted.seen[STEPS]) <= 1e-5
+
+
 @pytest.mark.parametrize("milestones", [(0.3, 0.5), ()], ids=str)
 def test_a_metric_that_there_is_not_is_refused_at_the_first_evaluation(milestones, tmp_path, without_pictures):
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
