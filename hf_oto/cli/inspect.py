@@ -48,7 +48,8 @@ def inspect(
     """
     Show a model's groups, what it has kept, and what a target would leave.
 
-    Reads the config alone. Of a checkpoint that OTOTrainer wrote it reads the weights: zeros count as removed.
+    Reads the config, and of the weights their names. Of a checkpoint that OTOTrainer wrote it reads them: zeros count
+    as removed.
 
     Example: hf-oto inspect bert-base-uncased --target-sparsity 0.5
     """

@@ -12,7 +12,8 @@ from typing import Annotated, Any, cast
 import torch
 import transformers
 import typer
-from huggingface_hub import snapshot_download
+from huggingface_hub import parse_safetensors_file_metadata, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HTTPError, SafetensorsParsingError  # the first: its client's, whichever it is
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -142,12 +143,24 @@ def _weight_names(name: str) -> list[str]:
 
 
 def _names_in_files(name: str) -> list[str]:
+    if (names := _names_on_hub(name)) is not None:
+        return names
     for whole, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
         if (path := file_of(name, whole)) is not None:
             return list(load_state_dict(path, map_location="meta"))  # the names alone, and of tensors only
         if (path := file_of(name, index)) is not None:
             return list(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"])
     return []
+
+
+def _names_on_hub(name: str) -> list[str] | None:
+    """From the first bytes of weights that are on the Hub and not on this disk; `None` where that cannot be."""
+    if Path(name).is_dir() or isinstance(try_to_load_from_cache(name, SAFE_WEIGHTS_NAME), str):
+        return None
+    try:
+        return list(parse_safetensors_file_metadata(name, SAFE_WEIGHTS_NAME).tensors)
+    except (OSError, HTTPError, SafetensorsParsingError):  # whoever asks for the files is told why
+        return None
 
 
 def read_text_config(name: str) -> PreTrainedConfig:

@@ -185,6 +185,8 @@ def test_the_command_line_takes_a_name_on_the_hub(trained, tmp_path):
     hub, _, _ = trained
     found = json.loads(client(hub, tmp_path / "home", "cli", "inspect", "me/small", "--json").stdout)
     assert found["class"] == "OTOBertForQuestionAnswering" and found["parameters"] == weights(hub.files("me/small"))
+    assert "GET /me/small/resolve/main/model.safetensors" in hub.requests
+    assert not list((tmp_path / "home").rglob("model.safetensors"))  # their names alone were read
     refused = client(hub, tmp_path / "home", "cli", "inspect", "me/absent", check=False)
     assert refused.returncode == 1 and refused.stderr.startswith(
         "hf-oto: error: me/absent is no folder, and no model "
