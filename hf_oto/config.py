@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ CONFIG_NAME = "oto_config.json"
 
 TARGET_UNITS = ("params", "macs", "groups", "latency")
 STRUCTURES = ("heads", "neurons")
+SALIENCIES = ("fisher", "taylor", "magnitude", "random")
 if TYPE_CHECKING:
     Names = Sequence[str]  # any; a tuple once it is in the config
     Shares = Sequence[float]
@@ -25,10 +26,6 @@ else:
     Names = list[str]  # into which `HfArgumentParser` reads several words
     Shares = list[float]
 
-SALIENCIES = ("fisher", "taylor", "magnitude", "random")
-
-
-_KINDS = ("heads", "neurons")
 _COUNTS = ("num_layers", "hidden_size", "head_size", "queries", "dense_heads", "dense_neurons", "total")
 _CONDITIONS = ("batch_size", "sequence_length", "threads")
 _METHODS = ("clock", "CUDA graph", "device events")
@@ -91,10 +88,10 @@ class LatencyTable:
                 raise TypeError(f"`latency_table.{name}` must be a string, got {getattr(self, name)!r}.")
         if self.method not in _METHODS:
             raise ValueError(f"`latency_table.method` must be one of {', '.join(_METHODS)}, got {self.method!r}.")
-        for kind in _KINDS:
+        for kind in STRUCTURES:
             curve = _curve(kind, getattr(self, kind), getattr(self, f"dense_{kind}"))
             object.__setattr__(self, kind, curve)
-        blocks = self.num_layers * sum(getattr(self, kind)[-1][1] for kind in _KINDS)
+        blocks = self.num_layers * sum(getattr(self, kind)[-1][1] for kind in STRUCTURES)
         if blocks > self.total:
             raise ValueError(
                 f"`latency_table.total` must be at least what heads and neurons of all blocks take, {blocks}, got "
@@ -123,7 +120,7 @@ class LatencyTable:
 
     def to_dict(self) -> dict[str, Any]:
         """The table as plain JSON values."""
-        curves = {kind: [list(point) for point in getattr(self, kind)] for kind in _KINDS}
+        curves = {kind: [list(point) for point in getattr(self, kind)] for kind in STRUCTURES}
         values = {**dataclasses.asdict(self), **curves}
         if self.method == "clock":  # as tables were before there was another
             del values["method"]
@@ -142,13 +139,7 @@ class LatencyTable:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a JSON file, whole or not at all."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        _write_json(Path(path), self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> LatencyTable:
@@ -325,8 +316,8 @@ class OTOConfig:
             value = getattr(self, setting.name)
             if type(value).__module__ == "numpy":
                 object.__setattr__(self, setting.name, value.tolist())
-        if isinstance(self.structures, str):
-            raise TypeError(f"`structures` must be a list of names, got the string {self.structures!r}.")
+        if isinstance(self.structures, str) or not isinstance(self.structures, Iterable):
+            raise TypeError(f"`structures` must be a list of names, got {self.structures!r}.")
         object.__setattr__(self, "structures", tuple(str(name) for name in self.structures))
         _check_choice("target_unit", self.target_unit, TARGET_UNITS)
         if self.latency_table is not None:
@@ -388,9 +379,7 @@ class OTOConfig:
         """Write `oto_config.json` into a folder, which is made if it is missing."""
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
-        temporary = directory / f".{CONFIG_NAME}.{os.getpid()}"
-        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        temporary.replace(directory / CONFIG_NAME)
+        _write_json(directory / CONFIG_NAME, self.to_dict())
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> OTOConfig:
@@ -409,7 +398,7 @@ class OTOConfig:
 
 def _milestones(given: Any, target: float | None) -> tuple[float, ...]:
     """Shares that rise, all between nothing and the target."""
-    if isinstance(given, str | int | float) or not isinstance(given, Sequence):
+    if isinstance(given, str) or not isinstance(given, Sequence):
         raise TypeError(f"`milestones` must be a list of shares, as in (0.3, 0.5), got {given!r}.")
     shares = [share.tolist() if type(share).__module__ == "numpy" else share for share in given]
     for share in shares:
@@ -423,6 +412,16 @@ def _milestones(given: Any, target: float | None) -> tuple[float, ...]:
             f"leave the target itself out: it is the last size anyway."
         )
     return tuple(float(share) for share in shares)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -106,7 +106,8 @@ def test_bad_value_is_refused(name, value, rule):
             for value in (True, 8.0, "8", None)
         ],
         ("latency_table", 7, "`latency_table` must be a LatencyTable, its dict or its file, got int."),
-        ("structures", "heads", "`structures` must be a list of names, got the string 'heads'."),
+        ("structures", "heads", "`structures` must be a list of names, got 'heads'."),
+        ("structures", None, "`structures` must be a list of names, got None."),
         *[
             (name, x, f"`{name}` must be True or False, got {x!r}.")
             for name in ("shrink_during_training", "keep_dropout")
@@ -175,6 +176,13 @@ def test_saved_config_is_loaded(tmp_path):
     config.save_pretrained(tmp_path / "new" / "folder")
     assert OTOConfig.from_pretrained(tmp_path / "new" / "folder") == config
     assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == [CONFIG_NAME]
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path):
+    (tmp_path / "oto_config.json").mkdir()
+    with pytest.raises(OSError):
+        OTOConfig().save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["oto_config.json"]
 
 
 def test_unknown_names_are_refused():
