@@ -365,8 +365,9 @@ def _null_position(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
 
 
 def longest_sequence(model: PreTrainedModel) -> int:
-    """Tokens of the longest sequence that a model reads: some families count positions from the padding id on."""
+    """Tokens of the longest sequence that a model of any family reads: some count positions from the padding id on."""
     config: Any = model.config
     positions = getattr(config, "max_position_embeddings", sys.maxsize)
-    from_padding = any(name in config.model_type for name in ("roberta", "camembert", "mpnet"))
-    return positions - (config.pad_token_id + 1 if from_padding else 0)
+    embeddings = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    padding = next((getattr(module, "padding_idx", None) for module in embeddings), None)
+    return positions if padding is None else positions - padding - 1

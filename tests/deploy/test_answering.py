@@ -188,6 +188,17 @@ def test_windows_are_by_default_as_long_as_the_model_reads(name, longest, tokeni
     assert QuestionAnswerer(long, found.tokenizer).max_seq_length == 384
 
 
+def test_a_family_that_is_not_pruned_is_read_as_far_as_it_reads(tokenizers):
+    """Its positions begin behind the padding token, and its name does not say so."""
+    tokenizer = tokenizers["byte_bpe"]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24}
+    config = transformers.Data2VecTextConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)
+    found = QuestionAnswerer(transformers.Data2VecTextForQuestionAnswering(config), tokenizer)
+    assert found.max_seq_length == 62
+    asked, contexts = questions()
+    assert len(found.answer(asked, contexts)) == 3
+
+
 def test_what_cannot_be_answered_is_refused(tokenizers):
     found = answerer(ONE_EACH[0], tokenizers)
     for question, context in (("", "text"), ("why?", " \n")):
