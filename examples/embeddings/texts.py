@@ -75,7 +75,8 @@ def read_texts(path: Path) -> list[str]:
         blocks = re.split(r"\n\s*\n", path.read_text(encoding="utf-8-sig"))
         return [" ".join(line.split("\t")[0] for line in block.splitlines() if line.strip()) for block in blocks]
     if path.suffix == ".txt":
-        return [line.partition(" ")[2] for line in path.read_text(encoding="latin-1").splitlines()]
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # some characters break lines for Python alone
+        return [line.partition(" ")[2] for line in lines if line.strip()]
     raise ValueError(f"{path}: its ending must be .csv, .json, .conll or .txt.")
 
 

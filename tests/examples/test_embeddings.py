@@ -23,7 +23,7 @@ def data(tmp_path_factory):
             rows = [(one["question"], context, number % 6) for number, (context, one) in enumerate(asked)]
             csv.writer(file).writerows(rows)
         write(folder / f"{part}.json", squad(*asked))
-    (folder / "more.txt").write_text("1 a fine film .\n0 a dull one .\n", encoding="latin-1")
+    (folder / "more.txt").write_text("1 a fine cliché .\n0 a dull one\x85 .\n", encoding="utf-8")
     (folder / "more.conll").write_text("Ada\tB\nlives\tO\n\t\nKofi\tB\n", encoding="utf-8")
     embedder(folder / "encoder").save_pretrained(str(folder / "model"))
     return folder
@@ -47,7 +47,7 @@ def test_texts_are_each_once_and_long_ones_give_runs_of_sentences(data):
     found = texts.texts_to_learn_from([data / name for name in ("train.csv", "train.json", "more.txt", "more.conll")])
     every = found["sentences"]
     assert len(every) == len(set(every))
-    assert {"a fine film .", "Ada lives", "Kofi"} <= set(found["sentences"])
+    assert {"a fine cliché .", "a dull one\x85 .", "Ada lives", "Kofi"} <= set(found["sentences"])
     context = make_questions(1, seed=3)[0][0]
     first, second, third = texts.SENTENCE_END.split(context)
     assert {context, first, second, third} <= set(every)
@@ -55,7 +55,7 @@ def test_texts_are_each_once_and_long_ones_give_runs_of_sentences(data):
     assert set(found) == {"sentences"}  # none of these is long
 
 
-@pytest.mark.parametrize("name", ["train.csv", "train.json", "more.conll"])
+@pytest.mark.parametrize("name", ["train.csv", "train.json", "more.txt", "more.conll"])
 def test_a_byte_order_mark_is_no_content(name, data, tmp_path):
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (data / name).read_bytes())
     assert texts.read_texts(tmp_path / name) == texts.read_texts(data / name)
