@@ -6,8 +6,8 @@ Each consumer runs in an environment of its own, which is made under `build/cons
     python examples/deploy/check.py MODEL [--only NAME …]
 
 MODEL is a folder with a base model and its tokenizer, such as all-MiniLM-L6-v2's; it is cut by chance, as what is
-compared is whether consumers compute the same, not how good it is. It is cut in both forms: free, for an ONNX folder,
-and plain, of the family's own class.
+compared is whether consumers compute the same, not how good it is. It is cut in both forms: the per-layer
+one, for an ONNX folder, and the plain one, of the family's own class.
 """
 
 from __future__ import annotations

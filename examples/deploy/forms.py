@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """What equal widths are worth in time: BERT-base cut to the same multiply-accumulates in both forms, side by side.
 
-The free form keeps heads and neurons as a training does, most in the first blocks; the plain one all heads and equally
-many neurons in every block. Weights are random. One thread, runs taking turns, medians of the process's own time, in
-which what else the machine does takes no part.
+The per-layer form keeps heads and neurons as a training does, most in the first blocks; the plain one all heads and
+equally many neurons in every block. Weights are random. One thread, runs taking turns, medians of the process's own
+time, in which what else the machine does takes no part.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from transformers import BertConfig, BertModel, PreTrainedModel
 from hf_oto import compress, partition, summarize
 from hf_oto.deploy.onnx_export import export_onnx, inference_session
 
-FREE = (
+PER_LAYER = (
     (11, 11, 11, 10, 10, 10, 9, 9, 8, 8, 8, 7),
     (2048, 1792, 1664, 1408, 1280, 1152, 1024, 896, 800, 560, 432, 256),
 )
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=8, help="Runs of each, beside one that does not count.")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    models = {"free": cut(FREE, plain=False), "plain": cut(PLAIN, plain=True)}
+    models = {"per-layer": cut(PER_LAYER, plain=False), "plain": cut(PLAIN, plain=True)}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         engines: dict[str, dict[str, Callable]] = {"PyTorch": dict(models)}
         engines["ONNX Runtime"] = {name: in_onnxruntime(model, Path(folder)) for name, model in models.items()}
@@ -68,11 +68,11 @@ def main(arguments: list[str] | None = None) -> None:
                         start = time.process_time()
                         run(ids)
                         times[name].append(1000 * (time.process_time() - start))
-                free, plain = (statistics.median(found[1:]) for found in times.values())
+                per_layer, plain = (statistics.median(found[1:]) for found in times.values())
                 macs = [summarize(model, sequence_length=length).macs for model in models.values()]
                 print(
-                    f"{engine}, {batch} x {length}: free {free:.0f} ms, plain {plain:.0f} ms, {plain / free:.2f} of "
-                    f"it; MACs {macs[1] / macs[0]:.3f}",
+                    f"{engine}, {batch} x {length}: per-layer {per_layer:.0f} ms, plain {plain:.0f} ms, "
+                    f"{plain / per_layer:.2f} of it; MACs {macs[1] / macs[0]:.3f}",
                     flush=True,
                 )
 
