@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 
 from ..config import LatencyTable
 from ..models.configuration_oto import BLOCK_SPECS, PRUNED_PREFIX
+from ..models.empty_models import set_tensor
 from ..models.example_inputs import longest_input, unpadded_batch
 from ..models.groups import Partition, partition
-from ..models.sharding import is_sharded
+from ..models.sharding import check_placed, check_whole
 from ..models.surgery import keep_groups
 from ..renamed import renamed
 from .threads import using_threads
@@ -104,7 +105,7 @@ def measure_latency(
         else:
             flat, rests = sorted(set(flat)), [0.0]  # what is no block is in the blocks' rest
             times, method = _timed_alone(model, groups, flat, batch, repeats, warmup)
-    heads, neurons, rest = _curves(groups, flat, times)
+    heads, neurons, rest = _curves(flat, times)
     total = statistics.median(rests) + groups.num_layers * (rest + heads[-1][1] + neurons[-1][1])
     return LatencyTable(
         model_type=groups.model_type,
@@ -135,9 +136,8 @@ def _check(model: PreTrainedModel, **numbers: int | None) -> Partition:
     groups = partition(model)
     if model.config.model_type.startswith(PRUNED_PREFIX):
         raise ValueError("`model` is pruned already, and the table is that of the dense model: pass that.")
-    if is_sharded(model) or model.device.type == "meta":
-        held = "one that is spread over ranks" if is_sharded(model) else "none on the meta device"
-        raise ValueError(f"`model` must be whole and hold its weights, got {held}. Load it.")
+    check_whole(model)
+    check_placed(model)
     if not groups.num_layers:
         raise ValueError("`model` has no blocks, so there is nothing to time.")
     longest = longest_input(model)
@@ -181,8 +181,7 @@ def _of_sizes(model: PreTrainedModel, groups: Partition, sizes: Sequence[tuple[i
     parameters = dict(model.named_parameters(remove_duplicate=False))
     owned = {name for array in groups.arrays for name, _ in array.members}
     for name in set(dict(cut.named_parameters(remove_duplicate=False))) - owned:  # such as embeddings: no copies
-        path, _, leaf = name.rpartition(".")
-        setattr(cut.get_submodule(path), leaf, parameters[name])
+        set_tensor(cut, name, parameters[name])
     return cut
 
 
@@ -250,7 +249,7 @@ def _timed(
 
 
 def _curves(
-    groups: Partition, sizes: Sequence[tuple[int, int]], times: Sequence[float]
+    sizes: Sequence[tuple[int, int]], times: Sequence[float]
 ) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...], float]:
     """
     The curves of heads and of neurons, and the time of a block without either, from t = rest + T_heads + T_neurons by

@@ -22,6 +22,12 @@ def is_sharded(model: nn.Module) -> bool:
     )
 
 
+def check_whole(model: nn.Module) -> None:
+    """Raise `ValueError` if a model's weights are spread over ranks."""
+    if is_sharded(model):
+        raise ValueError("`model` must be whole, got one that is spread over ranks. Pass what `gather` makes of it.")
+
+
 def check_placed(model: nn.Module, name: str = "model") -> None:
     """
     Raise `ValueError` unless a model holds its weights, all on one device.

@@ -18,7 +18,7 @@ from .example_inputs import random_inputs
 from .groups import BlockCounts, Partition, config_counts, partition, zero_groups
 from .modeling_oto import KEPT_HEADS, BiasOnly, replace_module, resize_heads, resize_neurons
 from .saved_names import CONVERSIONS
-from .sharding import check_placed, is_sharded
+from .sharding import check_placed, check_whole, is_sharded
 
 ATOL = 1e-5
 
@@ -96,8 +96,7 @@ def _zeros_of(model: PreTrainedModel) -> tuple[Partition, list[Tensor]]:
     """The groups of a model that can be cut, and which of them are not zero."""
     groups = partition(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    if is_sharded(model):
-        raise ValueError("`model` must be whole, got one that is spread over ranks. Pass what `gather` makes of it.")
+    check_whole(model)
     check_placed(model)
     return groups, [~zero_groups(array, parameters) for array in groups.arrays]
 

@@ -37,7 +37,7 @@ def save_figures(found: Mapping[str, Any], folder: str | os.PathLike) -> None:
 
 
 _HEADING = "## How to load it"
-_TRUSTING = ", trust_remote_code=True"
+TRUSTING = ", trust_remote_code=True"
 _WITH_CODE = "With `import hf_oto` before it, `trust_remote_code` is not needed."
 _WITHOUT_CODE = "It is a model of its family's own class, and needs no code of its own."
 
@@ -54,18 +54,18 @@ There are no weights beside it. ONNX Runtime, Transformers.js and fastembed read
 
 # Upstream's own line in the cards of sentence-transformers, with or without what a pruned class needs.
 _EMBEDDERS = "SentenceTransformer|CrossEncoder|SparseEncoder|MultiVectorEncoder"
-_BY_WEIGHTS = re.compile(rf'\b({_EMBEDDERS})\(("[^"]*")({_TRUSTING})?\)')
+_BY_WEIGHTS = re.compile(rf'\b({_EMBEDDERS})\(("[^"]*")({TRUSTING})?\)')
 
 
 def as_plain(card: str) -> str:
     """A card whose section on loading is that of a model of the family's own class, where it has such a section."""
-    found = _with_loading(card, lambda found: found.replace(_TRUSTING, "").replace(_WITH_CODE, _WITHOUT_CODE))
+    found = _with_loading(card, lambda found: found.replace(TRUSTING, "").replace(_WITH_CODE, _WITHOUT_CODE))
     return _BY_WEIGHTS.sub(r"\1(\2)", found)
 
 
 def as_pruned(card: str) -> str:
     """A card whose lines of sentence-transformers, where it has such, run the code of a pruned class."""
-    return _BY_WEIGHTS.sub(rf"\1(\2{_TRUSTING})", card)
+    return _BY_WEIGHTS.sub(rf"\1(\2{TRUSTING})", card)
 
 
 def as_onnx(card: str, *, pooled: bool = False) -> str:
@@ -128,7 +128,7 @@ def card_section(
     table = "\n".join([*head, *rows]) + "\n\n" if rows else ""
     layers = f"![{CAPTIONS['layers']}](layers.png)\n\n" if "layers" in pictures else ""
     run = f"![{CAPTIONS['run']}](run.png)\n\n" if "run" in pictures else ""
-    trusting = "" if plain else _TRUSTING
+    trusting = "" if plain else TRUSTING
     loading = loading or (
         f'from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained("{repo_id}"{trusting})'
     )

@@ -86,12 +86,21 @@ def counted(scores: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def logged_name(metric: str) -> str:
+    """A metric's name in the log, where it may be given without the prefix."""
+    return metric if metric.startswith("eval_") else f"eval_{metric}"
+
+
+def evaluations(log_history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The entries of a log that evaluations wrote."""
+    return [entry for entry in log_history if any(name.startswith("eval_") for name in entry)]
+
+
 def plotted_score(sizes: Sequence[Size], chosen: str | None) -> str | None:
     """The metric that all sizes have to draw: the one that chooses the best model, or the first that is no loss."""
     names = [name for name in sizes[0].scores if all(name in size.scores for size in sizes)] if sizes else []
-    chosen = chosen if chosen is None or chosen.startswith("eval_") else f"eval_{chosen}"
-    if chosen in names:
-        return chosen
+    if chosen is not None and logged_name(chosen) in names:
+        return logged_name(chosen)
     return next((name for name in names if not name.endswith("loss")), next(iter(names), None))
 
 

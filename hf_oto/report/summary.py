@@ -19,7 +19,7 @@ from ..config import LatencyTable, OTOConfig
 from ..hspg.budget import check_table, group_cost, removed_cost
 from ..models.configuration_oto import BLOCK_SPECS
 from ..models.groups import BlockCounts, Partition, partition, zero_groups
-from ..models.sharding import is_sharded
+from ..models.sharding import check_whole
 from .pictures import check_format, layers_figure, save_figure
 from .tables import markdown_table, plain_text
 
@@ -184,10 +184,7 @@ def summarize(
         arrays = model_or_partition.arrays
         kept = [torch.ones(array.count, dtype=torch.bool, device="cpu") for array in arrays]
     else:
-        if is_sharded(model_or_partition):
-            raise ValueError(
-                "`model` must be whole, got one that is spread over ranks. Pass what `gather` makes of it."
-            )
+        check_whole(model_or_partition)
         parameters = dict(model_or_partition.named_parameters())
         if any(parameter.is_meta for parameter in parameters.values()):
             raise ValueError("`model` must hold its weights, got the meta device's. Sum up its `partition` instead.")

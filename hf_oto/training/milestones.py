@@ -15,7 +15,7 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from ..models.sharding import is_sharded, reshard
-from ..report.milestones import Size, folder_name, sizes_picture
+from ..report.milestones import Size, evaluations, folder_name, logged_name, sizes_picture
 from ..report.summary import summarize
 from .checkpoints import CheckpointingTrainer, name_of
 from .pruning import PruningTrainer
@@ -101,7 +101,7 @@ class MilestonesTrainer(PruningTrainer, CheckpointingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
         # Of the run's own: afterwards it may be of other data, or of weights that are not the last ones.
-        if self._trains and self.oto_config.milestones and any(name.startswith("eval_") for name in logs):
+        if self._trains and self.oto_config.milestones and evaluations([logs]):
             reached = None if self.hspg is None else self.hspg.milestone_reached
             self.state.log_history[-1][_SIZE] = cast(Any, reached)
 
@@ -115,13 +115,12 @@ class MilestonesTrainer(PruningTrainer, CheckpointingTrainer):
         metric = self.args.metric_for_best_model
         if metric is None:
             return None
-        metric = metric if metric.startswith("eval_") else f"eval_{metric}"
         log = self.state.log_history
         if places is not None:
             there = {path.name for place in places for path in place.glob("checkpoint-*")}
             there.add(name_of(self.state.global_step))
             log = [entry for entry in log if name_of(int(entry["step"])) in there]
-        return best_step(log, share, metric, greater=bool(self.args.greater_is_better))
+        return best_step(log, share, logged_name(metric), greater=bool(self.args.greater_is_better))
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         if self.args.eval_strategy == IntervalStrategy.NO and self.oto_config.milestones:  # but for those of sizes

@@ -18,6 +18,7 @@ from ..hspg.sharding import check_sharding
 from ..models.groups import partition
 from ..models.sharding import is_sharded
 from ..models.surgery import check_compressible
+from ..report.milestones import logged_name
 
 # These step during backward, or keep weights or states that are no longer laid out as the model's weights.
 _REFUSED_OPTIMIZERS = ("lomo", "layerwise", "galore", "apollo", "schedule_free", "torch_4bit", "torch_8bit")
@@ -189,7 +190,7 @@ def check_metric(metrics: Mapping[str, Any], name: str | None, remedy: str) -> N
         name (`str`, *optional*): Of the metric, with or without its prefix.
         remedy (`str`): What makes the Trainer at hand give it.
     """
-    name = name if name is None or name.startswith("eval_") else f"eval_{name}"
+    name = name if name is None else logged_name(name)
     if name is not None and name not in metrics:
         raise KeyError(
             f"`metric_for_best_model`={name!r} is not among what the evaluation gives: {', '.join(metrics)}. Name one "

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from ..report.card import CAPTIONS, card_section
-from ..report.milestones import sizes_picture
+from ..report.card import CAPTIONS, TRUSTING, card_section
+from ..report.milestones import evaluations, sizes_picture
 from ..report.pictures import training_entries
 from ..report.summary import summarize
 from .checkpoints import name_of
@@ -201,7 +201,7 @@ class _PruningTrainer(OTOTrainer):
         path, config = folder / "README.md", self.oto_config
         if not path.is_file():  # upstream logs why
             return
-        logged = [entry for entry in self.state.log_history if any(name.startswith("eval_") for name in entry)]
+        logged = evaluations(self.state.log_history)
         drawn = list(CAPTIONS)[: 2 if training_entries(self.state.log_history) else 1]
         sizes = self._sizes() if self._at_a_size else []
         drawn += list(sizes_picture(sizes, self.args.metric_for_best_model))
@@ -211,7 +211,7 @@ class _PruningTrainer(OTOTrainer):
         line = re.compile(rf'model = {self.loading_class}\("(.*)"\)')
         upstreams = line.search(card.text)
         repo_id = self.hub_model_id or (upstreams[1] if upstreams else self._output_dir)
-        loading = f'model = {self.loading_class}("{repo_id}"{"" if config.uniform else ", trust_remote_code=True"})'
+        loading = f'model = {self.loading_class}("{repo_id}"{"" if config.uniform else TRUSTING})'
         card.text = line.sub(lambda _: loading, card.text)
         section = card_section(
             summarize(self._part(), sequence_length=config.sequence_length, latency_table=config.latency_table),

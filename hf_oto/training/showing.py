@@ -17,8 +17,8 @@ from transformers.utils import CONFIG_NAME
 from ..config import OTOConfig
 from ..models.empty_models import auto_class_of
 from ..models.sharding import is_sharded
-from ..report.card import card_section, figures, leaderboard_results, save_figures
-from ..report.milestones import Size, sizes_picture
+from ..report.card import TRUSTING, card_section, figures, leaderboard_results, save_figures
+from ..report.milestones import Size, evaluations, sizes_picture
 from ..report.summary import summarize
 from .pruned_part import path_of
 
@@ -85,7 +85,7 @@ def complete_card(
     """
     drawn = pictures(model, config, log_history) | sizes_picture(sizes, chosen)
     save_figures(drawn, path.parent)
-    logged = [entry for entry in log_history if any(name.startswith("eval_") for name in entry)]
+    logged = evaluations(log_history)
     summary = summarize(model, sequence_length=config.sequence_length, latency_table=config.latency_table)
     section = card_section(
         summary,
@@ -117,7 +117,7 @@ def _loading_part(folder: Path, whole: nn.Module, part: PreTrainedModel, repo_id
     path, auto_class = path_of(whole, part), auto_class_of(part)
     if not path or not (folder / path / CONFIG_NAME).is_file():
         return None
-    trusting = "" if plain else ", trust_remote_code=True"
+    trusting = "" if plain else TRUSTING
     return (
         f"from transformers import {auto_class}\n\n"
         f"# What is at `{path}` in a {type(whole).__name__}, all of whose weights are in model.safetensors.\n"

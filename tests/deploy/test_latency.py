@@ -148,7 +148,7 @@ def test_the_sizes_fill_models_and_tell_the_curves_apart(layers):
     def took(heads, neurons):  # the first head and the first neurons cost more
         return 500 + 300 * heads + 1000 * (heads > 0) + 7 * neurons + 400 * (neurons > 0)
 
-    heads, neurons, rest = _curves(groups, flat, [took(*size) for size in flat])
+    heads, neurons, rest = _curves(flat, [took(*size) for size in flat])
     assert rest == pytest.approx(500)
     assert all(time == took(count, 0) - 500 for count, time in heads)
     assert all(time == took(0, count) - 500 for count, time in neurons)
@@ -158,7 +158,7 @@ def test_noise_leaves_no_group_free():
     groups = partition(tiny_model(BERT))
     flat = [size for chunk in _sizes(groups) for size in chunk]
     generator = torch.Generator().manual_seed(0)
-    heads, neurons, _ = _curves(groups, flat, (1000 + 500 * torch.rand(len(flat), generator=generator)).tolist())
+    heads, neurons, _ = _curves(flat, (1000 + 500 * torch.rand(len(flat), generator=generator)).tolist())
     for curve in (heads, neurons):
         pairs = zip(curve, curve[1:], strict=False)
         assert all(end - start >= high - low for (low, start), (high, end) in pairs)
@@ -246,7 +246,7 @@ def test_what_cannot_be_measured_is_refused():
         measure_latency(tiny_model("ViTModel"))
     with torch.device("meta"):
         empty = transformers.BertModel(model.config)
-    with pytest.raises(ValueError, match="must be whole and hold its weights, got none on the meta device"):
+    with pytest.raises(ValueError, match="must hold its weights, .* is on the meta device"):
         measure_latency(empty)
     zero_uneven(model)
     with pytest.raises(ValueError, match="`model` is pruned already"):
