@@ -37,6 +37,7 @@ from .refusals import (
     check_metric,
     check_optimizer,
     check_parallelism,
+    check_places_of_settings,
     check_settings,
     check_trainable,
     may_be_empty,
@@ -157,6 +158,7 @@ class PruningTrainer(TaughtTrainer):
 
     def _attach(self, optimizer: Optimizer, total_steps: int) -> None:
         """Let HSPG prune what an optimizer trains. In a run that had been shrunk the model becomes as small again."""
+        check_places_of_settings(self.args)
         whole, part, config = self._whole_model(), self._part(), self.oto_config
         self._accumulating, self._rows = False, []
         if self.hspg is None or not goes_on(self.hspg, part, total_steps, resumes=self.state.global_step > 0):
@@ -341,12 +343,16 @@ class PruningTrainer(TaughtTrainer):
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
-        """As [`Trainer.hyperparameter_search`]. Fields of [`OTOConfig`] may be in the space as well."""
+        """
+        As [`Trainer.hyperparameter_search`]. Fields of [`OTOConfig`] may be in the space as well. Afterwards
+        `oto_config` is what it was before: those of the best run are yours to put into it.
+        """
         self._config_of_search = self.oto_config
         try:
             return super().hyperparameter_search(*args, **kwargs)
         finally:
             self.oto_config = self._config_of_search
+            self.hp_search_backend = None  # upstream leaves it after an error, and the next run is no trial
 
     def _hp_search_setup(self, trial: Any) -> None:
         if self.hp_search_backend is None or trial is None:

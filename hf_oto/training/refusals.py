@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Mapping
@@ -66,6 +67,19 @@ def check_optimizer(args: TrainingArguments | None) -> None:
         raise ValueError(
             f"`optim`={optim!r} is not supported by OTOTrainer: it steps during backward, or keeps weights or "
             f"states that are not laid out as the model's weights. Use another, such as 'adamw_torch'."
+        )
+
+
+def check_places_of_settings(args: TrainingArguments) -> None:
+    """Refuse settings of the compression on the arguments, where those of a search's best run are set by habit."""
+    own = {field.name for field in dataclasses.fields(args)}
+    found = {field.name for field in dataclasses.fields(OTOConfig)} - own
+    misplaced = {name: value for name, value in vars(args).items() if name in found}
+    if misplaced:
+        listed = ", ".join(f"{name}={value!r}" for name, value in misplaced.items())
+        raise ValueError(
+            f"`args` must not have settings of OTOConfig: nothing reads {listed} there. Delete them, and set "
+            f"`trainer.oto_config = dataclasses.replace(trainer.oto_config, {listed})`."
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +38,48 @@ def add_to_tensorboard(callbacks: Sequence[TrainerCallback], draw: Callable[[], 
         if writer is not None:
             for name, figure in draw().items():
                 writer.add_figure(name, figure, step)
+
+
+# Trackers that make a Trainer of their own when training ends, to save the model that they are handed by it.
+_KEEPERS = ("WandbCallback", "DVCLiveCallback")
+
+
+@contextmanager
+def handing_over(
+    callbacks: Sequence[TrainerCallback], small: Callable[[], AbstractContextManager[nn.Module | None]]
+) -> Iterator[None]:
+    """
+    Hand another model than the one in training to trackers that keep what they are given when training ends.
+
+    Args:
+        callbacks (`Sequence[TrainerCallback]`): Of the run. All but those trackers get what they always get.
+        small (`Callable`): Makes the model for the time that a tracker needs it; `None` for the one in training.
+    """
+    keepers = [callback for callback in callbacks if _keeps_the_last(callback)]
+    for callback in keepers:
+        vars(callback)["on_train_end"] = _with_another(callback.on_train_end, small)
+    try:
+        yield
+    finally:
+        for callback in keepers:
+            del vars(callback)["on_train_end"]
+
+
+def _keeps_the_last(callback: TrainerCallback) -> bool:
+    """Whether a tracker was asked for the model of the end: by `WANDB_LOG_MODEL`, or `log_model=True`."""
+    asked = getattr(callback, "_log_model", None)
+    asked = getattr(asked, "is_enabled", asked)
+    return asked is True and any(cls.__name__ in _KEEPERS for cls in type(callback).__mro__)
+
+
+def _with_another(
+    on_train_end: Callable[..., Any], small: Callable[[], AbstractContextManager[nn.Module | None]]
+) -> Callable[..., Any]:
+    def handed(*args: Any, model: Any = None, **kwargs: Any) -> Any:
+        with small() as another:
+            return on_train_end(*args, model=model if another is None else another, **kwargs)
+
+    return handed
 
 
 @contextmanager

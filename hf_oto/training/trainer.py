@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -179,20 +180,40 @@ class OTOTrainer(MilestonesTrainer):
             small = small or cast(PreTrainedModel, self.compressed_model())
             check_size(small, self.hspg)
             pictures, size = self._pictures(small if is_sharded(self._part()) else None), self._present_size(small)
-            full, whole, part = self.model, self._whole_model(), self._part()
-            self.model = cast(Any, self.put_back(whole, small))
-            try:
-                with explaining(Path(folder)):
-                    self._save(str(unfinished))
-                    save_beside(unfinished, cast(nn.Module, self.model), small, weights=True)
-                    share_code(unfinished)
-            finally:
-                if whole is not part:
-                    self.put_back(whole, part)
-                self.model = full
+            with self._holding(small) as model, explaining(Path(folder)):
+                self._save(str(unfinished))
+                save_beside(unfinished, model, small, weights=True)
+                share_code(unfinished)
             save_figures(pictures, unfinished)
             if size is not None:
                 size.save(unfinished)
+
+    @contextmanager
+    def _holding(self, small: PreTrainedModel) -> Iterator[nn.Module]:
+        """The model with its small part in place of the large one."""
+        full, whole, part = self.model, self._whole_model(), self._part()
+        self.model = cast(Any, self.put_back(whole, small))
+        try:
+            yield cast(nn.Module, self.model)
+        finally:
+            if whole is not part:
+                self.put_back(whole, part)
+            self.model = full
+
+    @contextmanager
+    def _finished_model(self) -> Iterator[nn.Module | None]:
+        """The model as it is saved, for whoever keeps it at the end; none before the target, or on another rank."""
+        small = self.compressed_model() if self._at_target else None
+        if small is None:
+            yield None
+            return
+        check_size(small, self.hspg)
+        with self._holding(small) as model:
+            yield model
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        with showing.handing_over(self.callback_handler.callbacks, self._finished_model):
+            return super()._finalize_training(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
 
 from hf_oto import HSPG, OTOConfig, OTOTrainer, partition
@@ -467,6 +469,59 @@ def test_a_search_over_settings_of_the_compression(tmp_path):
         assert config.target_sparsity - 0.06 < removed <= config.target_sparsity
         found.add((config.target_sparsity, config.pruning_start_ratio))
     assert found == {(target, warmup) for target in (0.2, 0.5) for warmup in (0.2, 0.3)}
+
+
+def searching(folder, config=CONFIG, **options):
+    return OTOTrainer(
+        args=arguments(folder, **options),
+        model_init=lambda: tiny_model(ONE_EACH[0]),
+        train_dataset=DATA,
+        eval_dataset=DATA[:8],
+        oto_config=config,
+    )
+
+
+def test_the_best_run_of_a_search_is_trained_again_with_its_own_target(tmp_path):
+    space = {"target_sparsity": [0.2], "learning_rate": [1e-3]}
+    trainer = searching(tmp_path, eval_strategy="steps", eval_steps=24)
+    best = trainer.hyperparameter_search(
+        backend="optuna",
+        n_trials=1,
+        hp_space=lambda trial: {name: trial.suggest_categorical(name, values) for name, values in space.items()},
+    )
+    for name, value in best.hyperparameters.items():  # as the documentation of Transformers does it
+        setattr(trainer.args, name, value)
+    with pytest.raises(ValueError, match=r"`args` must not have settings of OTOConfig.*replace.*target_sparsity=0.2"):
+        trainer.train()
+    del trainer.args.target_sparsity
+    trainer.oto_config = replace(trainer.oto_config, target_sparsity=best.hyperparameters["target_sparsity"])
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == best.objective
+    assert 0.14 < trainer.hspg.metrics()["removed_params"] <= 0.2
+
+
+def test_arguments_of_ones_own_may_have_any_name(tmp_path):
+    @dataclass
+    class Mine(TrainingArguments):
+        target_sparsity: float = 0.9
+
+    args = Mine(str(tmp_path), max_steps=STEPS, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = OTOTrainer(model=tiny_model(ONE_EACH[0]), args=args, train_dataset=DATA, oto_config=CONFIG)
+    trainer.train()
+    assert 0.44 < trainer.hspg.metrics()["removed_params"] <= 0.5
+
+
+def test_a_search_that_fails_leaves_a_trainer_that_looks_where_it_writes(tmp_path):
+    trainer = searching(tmp_path, replace(CONFIG, target_sparsity=0.7, milestones=(0.3,)))
+    with pytest.raises(ValueError, match="cannot be reached"):
+        trainer.hyperparameter_search(
+            backend="optuna",
+            n_trials=1,
+            hp_space=lambda trial: {"target_sparsity": trial.suggest_categorical("target_sparsity", [0.999])},
+        )
+    tiny_model(ONE_EACH[0]).save_pretrained(tmp_path / "0.30")
+    with pytest.raises(ValueError, match="0.30 holds .* a model that is of no milestone"):
+        trainer.train()
 
 
 class Numbers(TrainerCallback):
