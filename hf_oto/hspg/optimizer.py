@@ -228,7 +228,9 @@ class HSPG(Optimizer):
             self._zero.clear(self.state)
 
     @torch.no_grad()
-    def observe(self, *, loss_scale: float | Tensor = 1.0, accumulated: bool = False, weight: float = 1.0) -> None:
+    def observe(
+        self, *, loss_scale: float | Tensor = 1.0, accumulated: bool = False, weight: float | Tensor = 1.0
+    ) -> None:
         """
         Gather saliency from the gradients that `backward` just left, raw: before clipping.
 
@@ -242,16 +244,16 @@ class HSPG(Optimizer):
             accumulated (`bool`, *optional*, defaults to `False`):
                 Whether the gradients were added to those of the last call. A derivative is linear in them, so the
                 micro-step's own is the difference.
-            weight (`float`, *optional*, defaults to 1.0):
-                How much it counts: in proportion to the rows that its loss is the mean of.
+            weight (`float` or `Tensor`, *optional*, defaults to 1.0):
+                How much it counts: in proportion to the rows that its loss is the mean of. On every rank the same.
         """
-        if self._observes:
+        if self.observes:
             gathered_G = gathered_derivatives(self._arrays, self._places()) / loss_scale
             self._observations.add(gathered_G, accumulated=accumulated, weight=weight)
 
     @property
-    def _observes(self) -> bool:
-        """Whether the step's gradients are looked at."""
+    def observes(self) -> bool:
+        """Whether [`~HSPG.observe`] looks at the step's gradients."""
         if not self.config.target_sparsity or self.config.saliency in ("magnitude", "random"):
             return False
         return self.schedule.observed(self.steps_done, self.config.saliency_interval, self.config.saliency_decay)

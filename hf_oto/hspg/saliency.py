@@ -5,7 +5,6 @@ Shapes: `H` hidden size, `G` groups, `D` columns that one group owns.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import cast
@@ -126,14 +125,15 @@ class Observations:
     def __bool__(self) -> bool:
         return bool(self._observed)
 
-    def add(self, gathered_G: Tensor, *, accumulated: bool, weight: float = 1.0) -> None:
+    def add(self, gathered_G: Tensor, *, accumulated: bool, weight: float | Tensor = 1.0) -> None:
         """Add a micro-step: whose gradients were added to those of the last one, or with which a step begins."""
         if not accumulated:
             self.clear()
         own_G = gathered_G if self._gathered_G is None else gathered_G - self._gathered_G
         observed_G = saliency_of(own_G, self.kind)
-        factor = weight if self.kind == "fisher" else math.sqrt(weight)
-        self._observed.append(observed_G if factor == 1 else observed_G * factor)
+        factor = weight if self.kind == "fisher" else weight**0.5
+        usual = not isinstance(factor, Tensor) and factor == 1  # a tensor is not asked: its device may be at work
+        self._observed.append(observed_G if usual else observed_G * factor)
         self._gathered_G = gathered_G
 
     def mean(self) -> Tensor:

@@ -251,24 +251,29 @@ class PruningTrainer(TaughtTrainer):
         synced = self.accelerator.sync_gradients
         # Between processes only the last micro-step's gradients agree.
         if self.hspg is not None and (synced or self.args.world_size == 1):
-            scaler = self.accelerator.scaler
-            self.hspg.observe(
-                loss_scale=1.0 if scaler is None else scaler.scale(torch.ones_like(loss)),  # asks no device for it
-                accumulated=self._accumulating,
-                weight=self._weight_of_rows(),
-            )
+            rows, self._rows = sum(self._rows), []
+            if self.hspg.observes:
+                scaler = self.accelerator.scaler
+                self.hspg.observe(
+                    loss_scale=1.0 if scaler is None else scaler.scale(torch.ones_like(loss)),  # asks no device for it
+                    accumulated=self._accumulating,
+                    weight=self._weight_of(rows),
+                )
         self._accumulating = not synced and self.args.world_size == 1
         return loss
 
-    def _weight_of_rows(self) -> float:
+    def _weight_of(self, rows: int) -> float | Tensor:
         """
         Of the gradients since the last look, to that of the usual ones: 1 unless it is an epoch's last batch. Saliency
-        is that of as many micro-steps as were looked at, where those of a usual step weigh 1 together.
+        is that of as many micro-steps as were looked at, where those of a usual step weigh 1 together. Of several
+        processes the batches may differ, and all have to choose the same groups: the mean of their rows counts.
         """
         usual = getattr(self, "_train_batch_size", None) or self.args.train_batch_size
         steps = self.args.gradient_accumulation_steps
-        rows, self._rows = sum(self._rows), []
-        return rows / usual / steps ** (2 if self.args.world_size == 1 else 1)
+        if self.args.world_size == 1:
+            return rows / usual / steps**2
+        own = torch.full((), rows, dtype=torch.float32, device=self.args.device)
+        return cast(Tensor, self.accelerator.reduce(own, "mean")) / usual / steps
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

@@ -2,8 +2,9 @@
 
 `ranks.py MODE,… FOLDER`, MODE one of `ddp`, `ddp4`, `fsdp`, `fsdp_blocks`: families in turn in a bare loop, on the
 same global batches, those of `names`; `shrinking`: one family under DDP, with zero groups cut out on the
-way; `trainer`: OTOTrainer under accelerate, with gradient accumulation and checkpoints; or `taught`: a step of it with
-a teacher, on ranks that have unequal numbers of labels.
+way; `trainer`: OTOTrainer under accelerate, with gradient accumulation and checkpoints; `unequal`: the same where an
+epoch's last batch has more rows on one rank than on the other; or `taught`: a step of it with a teacher, on ranks that
+have unequal numbers of labels.
 """
 
 import sys
@@ -15,7 +16,7 @@ from families import ONE_EACH, OTHERS, family_of, question_batch, squares, tiny_
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_oto import OTOTrainer, compress, shrink
 from hf_oto.config import OTOConfig
@@ -105,6 +106,45 @@ def run_trainer(folder: Path) -> None:
     torch.save(found, folder / f"trainer-{trainer.args.process_index}.pt")
 
 
+def run_unequal(folder: Path) -> None:
+    questions = question_batch(tiny_model(ONE_EACH[0]), size=15)
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            kept = trainer.hspg.param_groups[0]
+            seen.append((kept["hspg_status"].clone(), kept["hspg_saliency"].clone()))
+
+    class Counted(OTOTrainer):
+        rows: list = []
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            self.rows.append(len(inputs["input_ids"]))
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    trainer = Counted(
+        model=tiny_model(ONE_EACH[0]),
+        args=TrainingArguments(
+            str(folder / "unequal"),
+            max_steps=STEPS,
+            per_device_train_batch_size=2,
+            accelerator_config={"even_batches": False},
+            learning_rate=3e-3,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=[{key: value[row] for key, value in questions.items()} for row in range(15)],
+        oto_config=OTOConfig(min_neurons=4, round_to=4),
+        callbacks=[Look()],
+    )
+    trainer.train()
+    status, saliency = (torch.stack(values) for values in zip(*seen, strict=True))
+    found = {"rows": trainer.rows, "status": status, "saliency": saliency}
+    torch.save(found, folder / f"unequal-{trainer.args.process_index}.pt")
+
+
 def taught_rows() -> list[dict]:
     """Texts of one length of which more and more tokens have labels, in the order in which two ranks take turns."""
     batch = training_batch(tiny_model("BertForMaskedLM"), size=16)
@@ -145,6 +185,9 @@ def run_taught(folder: Path) -> None:
         torch.save(weights, folder / f"taught-{average}-{trainer.args.process_index}.pt")
 
 
+TRAINED = {"trainer": run_trainer, "unequal": run_unequal, "taught": run_taught}
+
+
 def names(mode: str) -> list[str]:
     """Sharding depends on the family's blocks, which DDP knows nothing of, but for a weight that no loss reaches."""
     return ONE_EACH + {"ddp": ["EsmForTokenClassification"], "fsdp_blocks": OTHERS}.get(mode, [])
@@ -174,8 +217,8 @@ def main(modes: str, folder: str) -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     for mode in modes.split(","):
-        if mode in ("trainer", "taught"):
-            {"trainer": run_trainer, "taught": run_taught}[mode](Path(folder))
+        if mode in TRAINED:
+            TRAINED[mode](Path(folder))
         elif mode == "shrinking":
             for shrinks in (False, True):
                 torch.save(run_shrinking(rank, world, shrinks), Path(folder) / f"{mode}-{shrinks}-{rank}.pt")

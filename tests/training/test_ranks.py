@@ -20,7 +20,7 @@ from hf_oto.training.distillation import divergence
 pytestmark = pytest.mark.slow
 
 
-LAUNCHES = {"ddp,fsdp,fsdp_blocks,shrinking,taught,trainer": 2, "ddp4": 4}
+LAUNCHES = {"ddp,fsdp,fsdp_blocks,shrinking,taught,trainer,unequal": 2, "ddp4": 4}
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,13 @@ def test_ranks_that_are_taught_take_the_step_of_one_process(ran, average):
     torch.stack(losses).mean().backward()
     for key, parameter in model.named_parameters():
         torch.testing.assert_close(first[key], parameter.detach() - parameter.grad, rtol=1e-4, atol=2e-6)
+
+
+def test_ranks_whose_batches_differ_choose_the_same_groups(ran):
+    first, second = (ran("unequal", rank=rank) for rank in range(2))
+    assert (first["rows"], second["rows"]) == ([2] * 24, [2, 2, 2, 1] * 6)
+    assert torch.equal(first["saliency"], second["saliency"])
+    assert torch.equal(first["status"], second["status"]) and (first["status"][-1] == ZERO).any()
 
 
 def test_trainer_on_two_ranks_saves_once_what_both_hold(ran):
