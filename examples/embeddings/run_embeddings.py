@@ -81,7 +81,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pruning_start_ratio", type=float, default=0.1, help="As in OTOConfig.")
     parser.add_argument("--pruning_end_ratio", type=float, default=0.5, help="As in OTOConfig.")
     parser.add_argument("--pruning_periods", type=int, default=10, help="As in OTOConfig.")
-    parser.add_argument("--keep_dropout", action="store_true", help="As in OTOConfig.")
+    parser.add_argument("--keep_dropout", action="store_true", help="As in OTOConfig, but off if not given.")
     parser.add_argument("--shrink_during_training", action="store_true", help="As in OTOConfig.")
     parser.add_argument("--bf16", action="store_true", help="Train in bfloat16, where the processor is made for it.")
     parser.add_argument(
