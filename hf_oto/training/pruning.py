@@ -158,7 +158,7 @@ class PruningTrainer(TaughtTrainer):
 
     def _attach(self, optimizer: Optimizer, total_steps: int) -> None:
         """Let HSPG prune what an optimizer trains. In a run that had been shrunk the model becomes as small again."""
-        check_places_of_settings(self.args)
+        check_places_of_settings(self.args, self.oto_config)
         whole, part, config = self._whole_model(), self._part(), self.oto_config
         self._accumulating, self._rows = False, []
         if self.hspg is None or not goes_on(self.hspg, part, total_steps, resumes=self.state.global_step > 0):

@@ -70,15 +70,15 @@ def check_optimizer(args: TrainingArguments | None) -> None:
         )
 
 
-def check_places_of_settings(args: TrainingArguments) -> None:
-    """Refuse settings of the compression on the arguments, where those of a search's best run are set by habit."""
-    own = {field.name for field in dataclasses.fields(args)}
-    found = {field.name for field in dataclasses.fields(OTOConfig)} - own
-    misplaced = {name: value for name, value in vars(args).items() if name in found}
-    if misplaced:
-        listed = ", ".join(f"{name}={value!r}" for name, value in misplaced.items())
+def check_places_of_settings(args: TrainingArguments, config: OTOConfig) -> None:
+    """Refuse other settings than those of `config` on the arguments, where a search's best are set by habit."""
+    settings, own = ({field.name for field in dataclasses.fields(each)} for each in (config, args))
+    unread = {name: value for name, value in vars(args).items() if name in settings - own}
+    # Equal ones do no harm: a script may keep all of its settings there.
+    if dataclasses.replace(config, **unread) != config:
+        listed = ", ".join(f"{name}={value!r}" for name, value in unread.items())
         raise ValueError(
-            f"`args` must not have settings of OTOConfig: nothing reads {listed} there. Delete them, and set "
+            f"`args` must not have settings that differ from `oto_config`: nothing reads {listed} there. Set "
             f"`trainer.oto_config = dataclasses.replace(trainer.oto_config, {listed})`."
         )
 
