@@ -27,6 +27,7 @@ class CheckpointingTrainer(Trainer):
 
     _checkpoints_folder: str | None = None  # while one is written
     _newest_checkpoint: int | None = None  # the step of the one that this run wrote last
+    _pushed_checkpoint: str | None = None  # the one that the last push takes along
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         folder = cast(str, self.args.output_dir)
@@ -60,7 +61,7 @@ class CheckpointingTrainer(Trainer):
             if writes:
                 self.state.save_to_json(str(folder / name / TRAINER_STATE_NAME))  # with the best one's place
         if writes:
-            remove_superfluous(run, self.args.save_total_limit, self._best_checkpoint(run))
+            remove_superfluous(run, self.args.save_total_limit, self._best_checkpoint(run), self._read_by_a_push())
         self._newest_checkpoint = self.state.global_step
         wait()
         if self.args.push_to_hub:
@@ -69,6 +70,11 @@ class CheckpointingTrainer(Trainer):
     def _best_checkpoint(self, run: Path) -> str | None:
         """The checkpoint in a run's folder that has to stay, whatever their limit."""
         return self.state.best_model_checkpoint
+
+    def _read_by_a_push(self) -> str | None:
+        """The checkpoint whose files a push may still be reading."""
+        push = getattr(self, "push_in_progress", None)
+        return None if push is None or push.is_done() else self._pushed_checkpoint
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A run that is resumed when all its steps are done would take one more.
@@ -115,11 +121,13 @@ def appearing(place: Path, *, writes: bool, wait: Callable[[], None]) -> Iterato
         (folder / place.name).rename(place)
 
 
-def remove_superfluous(run: Path, limit: int | None, best: str | None) -> None:
-    """Remove checkpoints beyond `save_total_limit`; the newest and the best one never."""
+def remove_superfluous(run: Path, limit: int | None, best: str | None, pushed: str | None = None) -> None:
+    """Remove checkpoints beyond `save_total_limit`, but not the newest, the best, and one that is being pushed."""
     found = [Path(path) for path in sort_checkpoints(str(run), use_mtime=True, best_model_checkpoint=best)]
     protected = {found[-1], found[-1] if best is None else Path(best)}
     for path in found[: -max(limit, len(protected))] if limit and limit > 0 else []:
+        if pushed is not None and path == Path(pushed):
+            continue
         path.rename(run / UNFINISHED / path.name)  # gone at once: one that is half removed must not be read
     clear(run)
 

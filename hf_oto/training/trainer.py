@@ -233,6 +233,8 @@ class OTOTrainer(MilestonesTrainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._save_small(self._output_dir)
         repo_id, step = cast(str, self.hub_model_id), self.state.global_step
+        takes_along = self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+        self._pushed_checkpoint = checkpoint_folder if takes_along else None
         beside = [folder_name(share) for share in self.oto_config.milestones]
         self.push_in_progress = cast(Any, start_push(self.args, repo_id, step, checkpoint_folder, beside))
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from families import ONE_EACH, counts, tiny_model, zero_uneven
 from short_runs import make
-from transformers import AutoModelForQuestionAnswering
+from transformers import AutoModelForQuestionAnswering, TrainerCallback
 
+from hf_oto import OTOTrainer
 from hf_oto.training.saving import finish, replacing
 
 OTHERS = [
@@ -154,3 +155,33 @@ def test_an_error_on_the_way_changes_nothing(tmp_path):
         write(unfinished, NEW)
         raise KeyboardInterrupt
     assert files_of(folder) == OLD | MINE
+
+
+def test_a_checkpoint_stays_while_it_is_pushed(tmp_path, monkeypatch):
+    """The push of the first one lasts until step 12: `save_total_limit` would take its files away meanwhile."""
+
+    class Push:
+        done = False
+
+        def is_done(self):
+            return self.done
+
+        def wait_until_done(self):
+            self.done = True
+
+    class Look(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            there[state.global_step] = {int(path.name.partition("-")[2]) for path in tmp_path.glob("checkpoint-*")}
+            pushes[0].done |= state.global_step == 12
+
+    def start(args, repo_id, step, checkpoint, beside):
+        pushes.append(Push())
+        return pushes[-1]
+
+    pushes, there = [], {}
+    monkeypatch.setattr("hf_oto.training.trainer.start_push", start)
+    known = {"hub_model_id": "me/small", "push_in_progress": None}
+    monkeypatch.setattr(OTOTrainer, "init_hf_repo", lambda trainer, *_: vars(trainer).update(known))
+    options = {"push_to_hub": True, "hub_strategy": "all_checkpoints", "save_strategy": "steps", "save_steps": 4}
+    make(tmp_path, extra={"callbacks": [Look()]}, save_total_limit=1, **options).train()
+    assert {step: there[step] for step in (4, 8, 12, 16)} == {4: {4}, 8: {4, 8}, 12: {4, 12}, 16: {16}}
