@@ -493,7 +493,8 @@ def test_the_best_run_of_a_search_is_trained_again_with_its_own_target(tmp_path)
         setattr(trainer.args, name, value)
     with pytest.raises(ValueError, match=r"`args` must not have settings that differ.*replace.*target_sparsity=0.2"):
         trainer.train()
-    trainer.oto_config = replace(trainer.oto_config, target_sparsity=best.hyperparameters["target_sparsity"])  # as `args` now
+    target = best.hyperparameters["target_sparsity"]  # as `args` now
+    trainer.oto_config = replace(trainer.oto_config, target_sparsity=target)
     trainer.train()
     assert trainer.evaluate()["eval_loss"] == best.objective
     assert 0.14 < trainer.hspg.metrics()["removed_params"] <= 0.2
