@@ -252,13 +252,12 @@ class PruningTrainer(TaughtTrainer):
         # Between processes only the last micro-step's gradients agree.
         if self.hspg is not None and (synced or self.args.world_size == 1):
             rows, self._rows = sum(self._rows), []
-            if self.hspg.observes:
-                scaler = self.accelerator.scaler
-                self.hspg.observe(
-                    loss_scale=1.0 if scaler is None else scaler.scale(torch.ones_like(loss)),  # asks no device for it
-                    accumulated=self._accumulating,
-                    weight=self._weight_of(rows),
-                )
+            scaler = self.accelerator.scaler
+            self.hspg.observe(
+                loss_scale=1.0 if scaler is None else scaler.scale(torch.ones_like(loss)),  # asks no device for it
+                accumulated=self._accumulating,
+                weight=self._weight_of(rows) if self.hspg.observes else 1.0,
+            )
         self._accumulating = not synced and self.args.world_size == 1
         return loss
 
