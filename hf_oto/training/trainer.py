@@ -202,8 +202,12 @@ class OTOTrainer(MilestonesTrainer):
 
     @contextmanager
     def _finished_model(self) -> Iterator[nn.Module | None]:
-        """The model as it is saved, for whoever keeps it at the end; none before the target, or on another rank."""
-        small = self.compressed_model() if self._at_target else None
+        """
+        The model as it is saved, for whoever keeps it at the end; none before the target or on another rank, and none
+        for a model around the part: of that, its weights alone would be kept, and nothing would say what fits them.
+        """
+        part = self._part()
+        small = self.compressed_model() if self._at_target and part is self._whole_model() else None
         if small is None:
             yield None
             return
