@@ -92,7 +92,7 @@ class HSPG(Optimizer):
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self._share()
         check_sharding(self._owned())
-        begin(self.param_groups, settings(config, partition, total_steps), self._num_groups)
+        begin(self.param_groups, settings(config, partition, self.schedule.total_steps), self._num_groups)
 
     def __repr__(self) -> str:
         return f"HSPG({type(self.base_optimizer).__name__}, step {self.steps_done}, {self.stage}, {self.metrics()})"
@@ -386,7 +386,7 @@ class HSPG(Optimizer):
         self.schedule = Schedule.from_config(self.config, total_steps)
         for name in (SALIENCY, STATUS):
             self._kept.pop(name, None)
-        self._kept[SETTINGS] = settings(self.config, self.partition, total_steps)
+        self._kept[SETTINGS] = settings(self.config, self.partition, self.schedule.total_steps)
         self._share()
 
     def train(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import index
 
 from ..config import OTOConfig
 
@@ -64,8 +65,10 @@ class Schedule:
         have no warm-up, which is left out of both their shares: pruning and recovery keep their proportion.
 
         Raises:
+            `TypeError`: `total_steps` is no integer, not even one of numpy's.
             `ValueError`: There is no step of pruning in the run, or in one of its legs.
         """
+        total_steps = _counted(total_steps)
         if total_steps < 1:
             raise ValueError(
                 f"`total_steps` must be at least 1, got {total_steps}: nothing would be trained. Train longer."
@@ -163,6 +166,15 @@ class Schedule:
             f"stage {self.stage(steps_done)!r}. Make the model and its optimizer anew, or go on with "
             f"`total_steps`={self.total_steps}."
         )
+
+
+def _counted(total_steps: int) -> int:
+    if isinstance(total_steps, bool) or not hasattr(total_steps, "__index__"):
+        raise TypeError(
+            f"`total_steps` must be an integer, got {total_steps!r}. Give the number of optimizer steps that the run "
+            f"has, such as `len(loader) * epochs` where each batch is one, rounded up."
+        )
+    return index(total_steps)
 
 
 def _too_short(config: OTOConfig, total_steps: int, share: float, steps: int) -> str:

@@ -1,10 +1,17 @@
 """Schedule: every step has one stage, and the share ramps up to the target."""
 
+import json
+import math
+import re
+
+import numpy as np
 import pytest
+import torch
+from families import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_oto.config import OTOConfig
+from hf_oto import HSPG, OTOConfig, partition
 from hf_oto.hspg.schedule import Schedule
 
 
@@ -65,6 +72,24 @@ def test_without_a_target_there_are_two_stages():
 def test_a_run_has_steps(total):
     with pytest.raises(ValueError, match=f"`total_steps` must be at least 1, got {total}"):
         Schedule.from_config(OTOConfig(), total)
+
+
+@pytest.mark.parametrize("total", [60.0, 24.5, math.inf, "24", None, True])
+def test_the_steps_of_a_run_are_counted(total):
+    with pytest.raises(TypeError, match=re.escape(f"`total_steps` must be an integer, got {total!r}. Give")):
+        Schedule.from_config(OTOConfig(), total)
+
+
+def test_an_integer_of_numpy_counts():
+    optimizer = of(tiny_model("BertModel"), np.int64(24))
+    assert json.loads(optimizer.param_groups[0]["hspg_settings"])["total_steps"] == 24
+    optimizer.reschedule(np.int32(30))
+    assert optimizer.state_dict()["param_groups"] == of(tiny_model("BertModel"), 30).state_dict()["param_groups"]
+
+
+def of(model, total_steps):
+    base = torch.optim.AdamW(model.named_parameters())
+    return HSPG(base, partition(model), OTOConfig(min_neurons=4, round_to=4), total_steps)
 
 
 def test_a_short_run_has_as_many_periods_as_steps_of_pruning():
