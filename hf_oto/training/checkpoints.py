@@ -14,9 +14,12 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
+from transformers.utils import logging
 
 from .refusals import check_writable
 from .saving import SHARDED_OPTIMIZER_NAMES, explaining
+
+logger = logging.get_logger(__name__)
 
 # Where a checkpoint is written; a push leaves out what begins with an underscore.
 UNFINISHED = "_unfinished"
@@ -75,6 +78,15 @@ class CheckpointingTrainer(Trainer):
         """The checkpoint whose files a push may still be reading."""
         push = getattr(self, "push_in_progress", None)
         return None if push is None or push.is_done() else self._pushed_checkpoint
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        best = self.state.best_model_checkpoint
+        if best is not None and self.args.save_total_limit == 1:  # upstream removes all others than the best one
+            self._finish_current_push()  # which may still read them
+            if not os.path.isdir(best):
+                logger.warning(f"The best model's checkpoint {best} is gone: the run ends with the last weights.")
+                self.state.best_model_checkpoint = None
+        return super()._finalize_training(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A run that is resumed when all its steps are done would take one more.

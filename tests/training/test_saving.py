@@ -157,31 +157,89 @@ def test_an_error_on_the_way_changes_nothing(tmp_path):
     assert files_of(folder) == OLD | MINE
 
 
-def test_a_checkpoint_stays_while_it_is_pushed(tmp_path, monkeypatch):
+class Push:
+    """One that takes as long as it is told to."""
+
+    done = False
+
+    def is_done(self):
+        return self.done
+
+    def wait_until_done(self):
+        self.done = True
+
+
+@pytest.fixture
+def pushes(monkeypatch):
+    """The pushes of a run, which has no Hub: what a checkpoint of each step is."""
+    found = []
+
+    def start(args, repo_id, step, checkpoint, beside):
+        found.append(Push())
+        found[-1].checkpoint = Path(checkpoint)
+        return found[-1]
+
+    monkeypatch.setattr("hf_oto.training.trainer.start_push", start)
+    known = {"hub_model_id": "me/small", "push_in_progress": None}
+    monkeypatch.setattr(OTOTrainer, "init_hf_repo", lambda trainer, *_: vars(trainer).update(known))
+    return found
+
+
+PUSHING = {"push_to_hub": True, "hub_strategy": "all_checkpoints", "save_strategy": "steps", "save_steps": 4}
+
+
+def test_a_checkpoint_stays_while_it_is_pushed(tmp_path, pushes):
     """The push of the first one lasts until step 12: `save_total_limit` would take its files away meanwhile."""
-
-    class Push:
-        done = False
-
-        def is_done(self):
-            return self.done
-
-        def wait_until_done(self):
-            self.done = True
 
     class Look(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
             there[state.global_step] = {int(path.name.partition("-")[2]) for path in tmp_path.glob("checkpoint-*")}
             pushes[0].done |= state.global_step == 12
 
-    def start(args, repo_id, step, checkpoint, beside):
-        pushes.append(Push())
-        return pushes[-1]
-
-    pushes, there = [], {}
-    monkeypatch.setattr("hf_oto.training.trainer.start_push", start)
-    known = {"hub_model_id": "me/small", "push_in_progress": None}
-    monkeypatch.setattr(OTOTrainer, "init_hf_repo", lambda trainer, *_: vars(trainer).update(known))
-    options = {"push_to_hub": True, "hub_strategy": "all_checkpoints", "save_strategy": "steps", "save_steps": 4}
-    make(tmp_path, extra={"callbacks": [Look()]}, save_total_limit=1, **options).train()
+    there = {}
+    make(tmp_path, extra={"callbacks": [Look()]}, save_total_limit=1, **PUSHING).train()
     assert {step: there[step] for step in (4, 8, 12, 16)} == {4: {4}, 8: {4, 8}, 12: {4, 12}, 16: {16}}
+
+
+class Rising(OTOTrainer):
+    """Its best model is the first one of its size."""
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = super().evaluation_loop(*args, **kwargs)
+        output.metrics["eval_loss"] = float(self.state.global_step)
+        return output
+
+
+BEST = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True, "save_total_limit": 1}
+
+
+def test_the_last_checkpoint_stays_while_it_is_pushed(tmp_path, pushes, monkeypatch):
+    """At the end of a run the best one alone is kept."""
+    found, wait = [], Push.wait_until_done
+
+    def waited(self):
+        found.append((self.checkpoint.name, self.checkpoint.is_dir()))
+        wait(self)
+
+    class End(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            for push in pushes[: None if state.global_step < 24 else -1]:
+                push.done = True
+
+    monkeypatch.setattr(Push, "wait_until_done", waited)
+    make(tmp_path, kind=Rising, extra={"callbacks": [End()]}, hub_always_push=True, **PUSHING, **BEST).train()
+    assert found == [("checkpoint-24", True)]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-16"]
+
+
+def test_a_run_ends_though_its_best_checkpoint_is_gone(tmp_path, caplog):
+    class Lost(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 24:
+                shutil.rmtree(state.best_model_checkpoint)
+
+    trainer = make(tmp_path, kind=Rising, extra={"callbacks": [Lost()]}, save_strategy="steps", save_steps=4, **BEST)
+    trainer.train()
+    assert "checkpoint-16 is gone: the run ends with the last weights" in caplog.text
+    assert counts(AutoModelForQuestionAnswering.from_pretrained(tmp_path)) != counts(trainer.model)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-24"]
