@@ -113,3 +113,16 @@ def wrapped(
             f"`pruning_periods`={config.pruning_periods}. Train longer for a result that counts."
         )
     return hspg
+
+
+def take_skipped_steps(hspg: HSPG) -> None:
+    """Take the steps that a run has counted and its optimizer has not, and say so. No parameter has a gradient."""
+    left, total = hspg.schedule.total_steps - hspg.steps_done, hspg.schedule.total_steps
+    if left:
+        logger.warning(
+            f"The loss scaler left out {left} of {total} steps, as their gradients were infinite or NaN: what is on "
+            f"its way to zero goes there, and nothing is trained after it. If that is more than a few, the model is "
+            f"spoilt: look for batches that give no number, lower the learning rate, or set `bf16` for `fp16`."
+        )
+    for _ in range(left):
+        hspg.step()

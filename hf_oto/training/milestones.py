@@ -44,6 +44,7 @@ class MilestonesTrainer(PruningTrainer, CheckpointingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._kept_milestone, self._began_in, self._weights_of = None, None, None
+        self._shrunk_checkpoint = None  # of a call that came to nothing
         if self.oto_config.milestones and self.args.should_save and self.hp_search_backend is None:
             check_writable(self._output_dir)
             self._check_places(Path(self._output_dir), self.oto_config.milestones)
@@ -67,6 +68,8 @@ class MilestonesTrainer(PruningTrainer, CheckpointingTrainer):
         **kwargs: Any,
     ) -> None:
         due = self.hspg.milestone_due if self.hspg is not None and self.oto_config.milestones else None
+        if self.oto_config.milestones and self.state.global_step >= self.state.max_steps:
+            due = self.oto_config.target_sparsity  # under fp16 the optimizer may lack steps that Trainer has counted
         if due is not None and due != self._kept_milestone:
             self._kept_milestone = due
             if self._evaluates and due == self.oto_config.target_sparsity:

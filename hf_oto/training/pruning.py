@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from operator import gt
 from typing import Any, cast
 
 import torch
@@ -25,7 +26,7 @@ from ..models.sharding import check_placed, is_sharded
 from ..models.surgery import check_compressible, shrink
 from ..renamed import refuse_old_names
 from . import checkpoints, showing
-from .attaching import goes_on, hspg_in, optimizers_in, settled_config, wrapped
+from .attaching import goes_on, hspg_in, optimizers_in, settled_config, take_skipped_steps, wrapped
 from .data_parallel import unwatchable, watch_anew
 from .learning_rate import scheduler_of
 from .pruned_part import find_part, path_of, put_config, put_part, saved_config, shared_outside
@@ -301,12 +302,9 @@ class PruningTrainer(TaughtTrainer):
         Under fp16 Trainer counts steps that its scaler skips, HSPG does not: at the end of a run without recovery it
         would lack them. Without gradients nothing moves but what is on its way to zero.
         """
-        hspg = self.hspg
-        if hspg is None or self._at_target or hspg.steps_done == 0:
-            return
-        self._whole_model().zero_grad()
-        while hspg.steps_done < hspg.schedule.total_steps:
-            hspg.step()
+        if self.hspg is not None and not self._at_target and self.hspg.steps_done > 0:
+            self._whole_model().zero_grad()
+            take_skipped_steps(self.hspg)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         stage = None
@@ -380,7 +378,7 @@ class PruningTrainer(TaughtTrainer):
         if saved is None or config_counts(saved) == counts:
             checkpoints.check_shapes(resume_from_checkpoint, self._whole_model(), part)
             self._load_weights(resume_from_checkpoint, model)
-        elif not self.oto_config.shrink_during_training:
+        elif not self.oto_config.shrink_during_training or any(map(gt, config_counts(saved).arrays, counts.arrays)):
             raise ValueError(
                 f"{resume_from_checkpoint} has {list(config_counts(saved).blocks)} (heads, neurons) in its blocks, "
                 f"`model` {list(counts.blocks)}. Resume with the model that the run began with, and with "

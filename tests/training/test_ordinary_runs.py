@@ -9,7 +9,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from families import ONE_EACH, counts, largest_difference, outputs, tiny_model
 from optuna.samplers import GridSampler
-from short_runs import CONFIG, DATA, STEPS, StopAt, arguments, make, same_weights
+from short_runs import CONFIG, DATA, SIZES, STEPS, StopAt, arguments, make, same_weights
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from hf_oto import HSPG, OTOConfig, OTOTrainer, partition
+from hf_oto.report.milestones import Size
 
 SAVING = {"save_strategy": "steps", "save_steps": 8}
 
@@ -183,6 +184,28 @@ def test_the_same_trainer_resumes(tmp_path):
 # The learning rate.
 
 
+def test_what_could_not_be_resumed_is_no_part_of_a_new_run(tmp_path):
+    """Nor does a model that has shrunk grow again."""
+    config = replace(CONFIG, shrink_during_training=True)
+    whole = make(tmp_path, config=config, save_strategy="steps", save_steps=4)
+    whole.train()
+    other = make(tmp_path / "other", config=config, extra={"callbacks": [watch := Begun()]})
+    data, other.train_dataset = other.train_dataset, None
+    with pytest.raises(ValueError, match="requires a train_dataset"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-16"))
+    other.train_dataset = data
+    other.train()
+    assert watch.counts == counts(tiny_model(ONE_EACH[0])) != counts(whole.model)
+    message = r"checkpoint-4 has \[\(4, 24\).* in its blocks, `model` .* Resume with the model that the run began with"
+    with pytest.raises(ValueError, match=message):
+        whole.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+class Begun(TrainerCallback):
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self.counts = counts(model)
+
+
 class Rates(TrainerCallback):
     def __init__(self):
         self.seen = []
@@ -324,9 +347,8 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), pad_token="<pad>", eos_token="</s>")
 
 
-@pytest.mark.parametrize("skipped", [{3}, {24}, {1, 2, 23}])
-def test_steps_that_a_scaler_skips_do_not_leave_the_run_short(skipped, tmp_path, monkeypatch):
-    """As under fp16, in a run without recovery: Trainer counts these steps, the optimizer does not."""
+def skip_steps(monkeypatch, skipped):
+    """Leave out some steps, counted from 1, as a loss scaler does. Gives whose all of them were."""
     calls, step = [], AcceleratedOptimizer.step
 
     def some(self, closure=None):
@@ -335,14 +357,35 @@ def test_steps_that_a_scaler_skips_do_not_leave_the_run_short(skipped, tmp_path,
         return None if self._is_overflow else step(self, closure)
 
     monkeypatch.setattr(AcceleratedOptimizer, "step", some)
+    return calls
+
+
+@pytest.mark.parametrize("skipped", [{3}, {24}, {1, 2, 23}])
+def test_steps_that_a_scaler_skips_do_not_leave_the_run_short(skipped, tmp_path, monkeypatch, caplog):
+    """As under fp16, in a run without recovery: Trainer counts these steps, the optimizer does not."""
+    calls = skip_steps(monkeypatch, skipped)
     config = OTOConfig(min_neurons=4, round_to=4, pruning_end_ratio=1.0)
     trainer = make(tmp_path, config=config, **SAVING)
     trainer.train()
     assert trainer.hspg.target_reached and trainer.hspg.steps_done == STEPS == len(calls)
     assert 0.44 < share(small(tmp_path)) <= 0.5
+    assert f"The loss scaler left out {len(skipped)} of 24 steps" in caplog.text
+    caplog.clear()
     resumed = make(tmp_path / "resumed", config=config)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-24"))
     assert resumed.hspg.target_reached and same_weights(resumed.model, trainer.model)
+    assert "left out" not in caplog.text
+
+
+@pytest.mark.parametrize("skipped", [{1, 2}, {13, 24}])
+def test_the_last_size_is_evaluated_where_a_scaler_skips_steps(skipped, tmp_path, monkeypatch, without_pictures):
+    skip_steps(monkeypatch, skipped)
+    trainer = make(tmp_path, config=SIZES, **SAVING)
+    trainer.train()
+    assert trainer.hspg.steps_done == STEPS - 2
+    found = [(e["step"], e["eval_milestone"]) for e in trainer.state.log_history if "eval_loss" in e]
+    assert [size for _, size in found] == [0.3, 0.5, 0.7] and found[-1][0] == STEPS
+    assert Size.load(tmp_path).scores["eval_loss"] == trainer.state.log_history[-2]["eval_loss"]
 
 
 # Zeros are asked of the weights.
