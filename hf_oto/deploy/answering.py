@@ -278,7 +278,7 @@ class QuestionAnswerer:
 
     def _forward(self, batch: BatchEncoding) -> tuple[Tensor, Tensor]:
         """Start and end logits, in float32 on the CPU."""
-        outputs = self.model(**batch.to(self.model.device))
+        outputs = self.model(**batch.to(self.model.device), return_dict=True)  # whatever the config says
         return outputs.start_logits.float().cpu(), outputs.end_logits.float().cpu()
 
     def _search(

@@ -200,17 +200,20 @@ def _traced(model: PreTrainedModel, computed: nn.Module, batch: Mapping[str, Ten
 
     # Eager attention: plain matrix products and a softmax, as fast in ONNX Runtime as what becomes of sdpa.
     config: Any = model.config
-    attention, cached = config._attn_implementation, getattr(config, "use_cache", False)
+    attention = config._attn_implementation
     model.set_attn_implementation("eager")
-    if cached:  # of a decoder the export reads whole sequences
-        config.use_cache = False
+    # The outputs by their names, without those of single layers; and of a decoder it reads whole sequences.
+    plain = {"return_dict": True, "output_hidden_states": False, "output_attentions": False, "use_cache": False}
+    before = {name: getattr(config, name) for name in plain if hasattr(config, name)}
+    for name in before:
+        setattr(config, name, plain[name])
     try:
         with evaluating(computed):
             exported: Any = OnnxExporter().export(cast(Any, computed), dict(batch), config=OnnxConfig(dynamic=True))
     finally:
+        for name, value in before.items():  # first: attentions are given in eager alone
+            setattr(config, name, value)
         model.set_attn_implementation(attention)
-        if cached:
-            config.use_cache = True
     # Transformers 5.14 gives torch's `ONNXProgram`, later releases their own `ExportedModel`.
     program = exported.program if hasattr(exported, "program") else exported.model
     _name_sizes(program.graph, batch)

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 MODULES = "modules.json"
-# By the names in `1_Pooling/config.json`: one name since sentence-transformers 5, before it a flag for each.
+# By the names in `1_Pooling/config.json`: one name since sentence-transformers 5, before it a flag for each, in the
+# order in which it puts the results one after another, whatever that of the file.
 _FLAGS = {
     "cls": "pooling_mode_cls_token",
-    "mean": "pooling_mode_mean_tokens",
     "max": "pooling_mode_max_tokens",
+    "mean": "pooling_mode_mean_tokens",
     "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
 }
 
@@ -60,6 +61,11 @@ class Pooling:
         unknown = [mode for mode in modes if mode not in _FLAGS]
         if unknown or not modes:
             raise ValueError(f"{folder} pools by {unknown or 'nothing'}; known are {', '.join(_FLAGS)}.")
+        if not settings.get("include_prompt", True):
+            raise ValueError(
+                f"{folder} pools without the tokens of a prompt (`include_prompt` is false in its Pooling), which a "
+                f"graph cannot tell from the others. Leave pooling out."
+            )
         return cls(modes, "Normalize" in kinds)
 
     def __call__(self, states_BLH: Tensor, attention_mask_BL: Tensor) -> Tensor:
@@ -82,10 +88,9 @@ def _modes(settings: dict[str, Any]) -> tuple[str, ...]:
     named = settings.get("pooling_mode")
     if named is not None:
         return (named,) if isinstance(named, str) else tuple(named)
-    known = {flag: mode for mode, flag in _FLAGS.items()}
-    return tuple(
-        known.get(name, name) for name, on in settings.items() if name.startswith("pooling_mode_") and on is True
-    )
+    flags = {name for name, on in settings.items() if name.startswith("pooling_mode_") and on}
+    found = [mode for mode, flag in _FLAGS.items() if flag in flags]
+    return (*found, *sorted(flags.difference(_FLAGS.values())))
 
 
 class PooledModel(nn.Module):
@@ -98,6 +103,6 @@ class PooledModel(nn.Module):
 
     def forward(self, **inputs: Any) -> dict[str, Tensor]:
         inputs.pop("return_dict", None)
-        states_BLH = self.model(**inputs).last_hidden_state
+        states_BLH = self.model(**inputs, return_dict=True).last_hidden_state
         pooled = self.pooling(states_BLH, inputs["attention_mask"])
         return {"last_hidden_state": states_BLH, "sentence_embedding": pooled}

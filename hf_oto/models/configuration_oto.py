@@ -202,7 +202,7 @@ def dense_model_type(model_type: str) -> str:
 
 def attention_rows(spec: BlockSpec, fields: Mapping[str, Any]) -> list[str]:
     """Paths of the projections whose rows are grouped by head, in their order; those of one matrix repeat its path."""
-    kinds = () if fields.get("share_att_key") or not fields.get("relative_attention") else fields["pos_att_type"]
+    kinds = () if fields.get("share_att_key") or not fields.get("relative_attention") else fields["pos_att_type"] or ()
     positions = [path for path, kind in spec.positions if kind in kinds]
     return [spec.query, spec.key, spec.value, *positions]
 

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult
 from .milestones import PICTURE, Size, counted, sizes_section
 from .pictures import FORMATS, run_figure, save_figure, training_entries
 from .summary import Summary
+from .tables import cell
 
 CAPTIONS = {
     "layers": "Heads and neurons that every layer kept",
@@ -120,10 +121,10 @@ def card_section(
         `str`: Markdown.
     """
     found, dense = counted(scores or {}), dense_scores or {}
-    rows = [f"| {name} | {dense[name]:.4g} | {value:.4g} |" for name, value in found.items() if name in dense]
+    rows = [f"| {cell(name)} | {dense[name]:.4g} | {value:.4g} |" for name, value in found.items() if name in dense]
     head = ["| | dense | this model |", "| --- | --- | --- |"]
     if not rows and "eval_loss" not in found:  # upstream lists them beside a loss alone
-        rows = [f"| {name} | {value:.4g} |" for name, value in found.items()]
+        rows = [f"| {cell(name)} | {value:.4g} |" for name, value in found.items()]
         head = ["| | this model |", "| --- | --- |"]
     table = "\n".join([*head, *rows]) + "\n\n" if rows else ""
     layers = f"![{CAPTIONS['layers']}](layers.png)\n\n" if "layers" in pictures else ""

@@ -185,7 +185,7 @@ def sizes_figure(
         axes.set_xlabel(f"{measure} kept (%)")
         axes.margins(x=0.12, y=0.18)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel(label)
+    panels[0].set_ylabel(label, parse_math=False)  # a metric's name may have dollars
     return figure
 
 

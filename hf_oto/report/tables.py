@@ -23,5 +23,10 @@ def markdown_table(*columns: str) -> Table:
     """An empty table for rich, in ASCII and valid Markdown: names on the left, numbers on the right."""
     table = Table(box=box.MARKDOWN)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+        table.add_column(cell(column), justify="right" if index else "left", no_wrap=True)
     return table
+
+
+def cell(name: str) -> str:
+    """A name that may have any characters, for a cell of such a table."""
+    return name.replace("|", r"\|")

@@ -147,6 +147,14 @@ def test_a_model_in_training_answers_without_dropout_and_stays_in_training(token
     assert found.model.training and found.model.bert.encoder.layer[0].output.dropout.training
 
 
+def test_a_config_that_asks_for_tuples_changes_nothing(tokenizers):
+    found = answerer(ONE_EACH[0], tokenizers)
+    asked, contexts = questions()
+    expected = found.answer(asked, contexts)
+    found.model.config.return_dict = False
+    assert found.answer(asked, contexts) == expected
+
+
 def test_a_bar_counts_the_windows_where_it_is_asked_for(tokenizers, capfd):
     found = answerer(ONE_EACH[0], tokenizers)
     found.answer(*questions(), show_progress=True)

@@ -1,5 +1,6 @@
 """Folders with an ONNX file that engines read which know no pruned type: config, tokenizer, pooling."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 from hf_oto import compress, summarize
 from hf_oto.deploy import onnx_export, onnx_folder
 from hf_oto.deploy.onnx_folder import dense_config, export_folder
-from hf_oto.deploy.pooling import Pooling
+from hf_oto.deploy.pooling import PooledModel, Pooling
 from hf_oto.report.card import as_onnx, card_section
 
 MODULES = ["Transformer", "Pooling", "Normalize"]
@@ -142,6 +143,36 @@ def test_pooling_inside_the_graph(tmp_path):
     assert np.allclose(found["sentence_embedding"], expected, atol=1e-5)
 
 
+def test_flags_are_put_together_in_the_order_of_sentence_transformers(tmp_path):
+    """Whose own file lists them in another one."""
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    flags = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
+    settings = {"word_embedding_dimension": 32} | {f"pooling_mode_{flag}": True for flag in flags}
+    small_folder(tmp_path / "small", modules=MODULES, pooling=settings)
+    theirs = modules.Pooling.load(str(tmp_path / "small" / "1_Pooling"))
+    states, mask = torch.randn(3, 5, 32), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
+    expected = theirs({"token_embeddings": states, "attention_mask": mask})["sentence_embedding"]
+    found = dataclasses.replace(Pooling.from_folder(tmp_path / "small"), normalize=False)(states, mask)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"output_hidden_states": True}, {"output_attentions": True}, {"return_dict": False}], ids=str
+)
+def test_what_a_config_adds_to_the_outputs_is_left_out_of_the_graph(settings, tmp_path):
+    model = tiny_model("BertForQuestionAnswering", attention="eager", num_hidden_layers=1, **settings)
+    before = model.config.to_dict()
+    done = onnx_export.export_onnx(model, tmp_path / "model.onnx")
+    assert done.outputs == ("start_logits", "end_logits")
+    assert model.config.to_dict() == before and model.config._attn_implementation == "eager"
+
+
+def test_pooling_reads_named_outputs_whatever_the_config_says():
+    model = tiny_model("BertModel", return_dict=False)
+    pooled = PooledModel(model, Pooling(("cls",), False))(**batch(model))
+    assert torch.equal(pooled["sentence_embedding"], pooled["last_hidden_state"][:, 0])
+
+
 def test_what_cannot_be_pooled_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has no modules.json"):
         Pooling.from_folder(tmp_path)
@@ -150,6 +181,7 @@ def test_what_cannot_be_pooled_is_refused(tmp_path):
             (["Transformer", "Pooling", "Dense"], {"pooling_mode": "mean"}, "Transformer, Pooling, Dense"),
             (MODULES, {"pooling_mode_weightedmean_tokens": True}, "pooling_mode_weightedmean_tokens"),
             (MODULES, {"pooling_mode_mean_tokens": False}, "nothing"),
+            (MODULES, {"pooling_mode": "mean", "include_prompt": False}, "without the tokens of a prompt"),
         ]
     ):
         folder = tmp_path / str(number)

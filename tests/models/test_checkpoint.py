@@ -173,6 +173,13 @@ def test_every_familys_base_model_and_task_head_load_from_each_other(base, task,
     assert all(torch.equal(value, mine[key]) for key, value in found.items())
 
 
+def test_the_mask_token_of_images_is_new_where_a_classifier_had_none(tmp_path):
+    model = pruned("ViTForImageClassification")
+    model.save_pretrained(tmp_path)
+    loaded, info = transformers.AutoModelForMaskedImageModeling.from_pretrained(tmp_path, output_loading_info=True)
+    assert "vit.embeddings.mask_token" in info["missing_keys"] and counts(loaded) == counts(model)
+
+
 def test_features_of_images_come_from_a_classifiers_checkpoint(tmp_path):
     from PIL import Image
 

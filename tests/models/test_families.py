@@ -85,6 +85,7 @@ def test_no_group_is_without_a_gradient(name):
     [
         ("DebertaV2Model", {"share_att_key": True}),
         ("DebertaV2Model", {"pos_att_type": ["c2p"]}),
+        ("DebertaV2Model", {"pos_att_type": None}),
         ("DebertaV2Model", {"relative_attention": False, "position_biased_input": True}),
         ("ModernBertModel", {"attention_bias": True, "mlp_bias": True}),
         ("EsmModel", {"position_embedding_type": "absolute", "emb_layer_norm_before": True}),

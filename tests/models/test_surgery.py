@@ -25,7 +25,7 @@ from hf_oto.hspg.budget import group_cost
 from hf_oto.models import comparing, modeling_oto, surgery
 from hf_oto.models.empty_models import pruned_config
 from hf_oto.models.groups import BlockCounts, partition
-from hf_oto.models.surgery import compress
+from hf_oto.models.surgery import check_compressible, compress
 
 # Cut and zeroed model add the same float32 numbers in another order. Three blocks of width 32 are off by a few 1e-7 of
 # the largest output; a single wrong row or column by more than 1e-2.
@@ -221,6 +221,13 @@ def test_own_inputs_are_used():
     with pytest.raises(IndexError):  # token 61 of 61: they did arrive
         compress(model, example_inputs={"input_ids": torch.tensor([[61]])})
     assert not model.training
+
+
+def test_a_classifier_without_a_padding_token_is_compared_on_a_row_alone():
+    model = tiny_model("LlamaForSequenceClassification", pad_token_id=None)
+    check_compressible(model)
+    kept = zero_uneven(model)
+    assert counts(compress(model)) == kept
 
 
 def test_half_precision_inputs_are_compared_in_float32():

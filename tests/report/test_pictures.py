@@ -1,5 +1,6 @@
 """The pictures of a model and of a run: what is in them, and where they are written."""
 
+import re
 import resource
 import sys
 from xml.etree import ElementTree
@@ -12,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainingArguments
 
 from hf_oto import OTOConfig, OTOTrainer, compress, plot_run, summarize
-from hf_oto.report.card import figures
+from hf_oto.report.card import card_section, figures
+from hf_oto.report.milestones import PICTURE, Size, sizes_picture
 from hf_oto.report.pictures import STAGES, run_figure, save_figure, stage_spans
 
 HEADS = (3, 0, 2)  # what `zero_uneven` leaves of three blocks of 4
@@ -133,6 +135,19 @@ def test_what_cannot_be_drawn_is_refused(tmp_path, monkeypatch):
         summary.plot(tmp_path / "kept.png")
     assert figures(summary, LOG) == {}
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["eval_$^$", "eval_$\\frac$", "eval_a|b"])
+def test_a_metric_may_have_any_name(name, tmp_path):
+    sizes = [Size(share, 7, 1 - share, 1 - share, None, 10, {name: share}) for share in (0.3, 0.5)]
+    save_figure(sizes_picture(sizes, None)[PICTURE], tmp_path / "sizes.png")
+    assert (tmp_path / "sizes.png").is_file()
+    summary = summarize(tiny_model("BertModel"))
+    card = card_section(summary, repo_id="me/it", scores={name: 0.5}, dense_scores={name: 0.6}, sizes=sizes)
+    for text in ("this model |", "| removed", "| 0.6 |"):
+        (line,) = (line for line in card.splitlines() if text in line)
+        columns = {"this model |": 3, "| removed": 6, "| 0.6 |": 3}[text]
+        assert len(re.findall(r"(?<!\\)\|", line)) == columns + 1
 
 
 def trainer_in(folder, **arguments):
