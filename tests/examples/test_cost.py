@@ -7,7 +7,10 @@ from types import SimpleNamespace
 
 import forking
 import pytest
-from benchmarks import cost, scale, speed
+from benchmarks import cost, frontier, scale, speed
+from families import group_sizes, tiny_model, zero
+
+from hf_oto import partition
 
 
 @pytest.mark.slow
@@ -73,6 +76,36 @@ def test_a_stopped_benchmark_leaves_what_it_measured(tmp_path, monkeypatch):
         cost.main(["--output", str(tmp_path / "cost.json")])
     left = json.loads((tmp_path / "cost.json").read_text(encoding="utf-8"))
     assert left["runs"] == {"0.5": {"run": 0.5}} and left["optimizer_step"] == {"recovery": {"ratio": 1.0}}
+
+
+def test_memory_is_that_of_the_first_target(monkeypatch):
+    started = []
+
+    def run(command, **streams):
+        started.append(cost.parse(command[2:]))
+        return SimpleNamespace(stdout="7")
+
+    monkeypatch.setattr(cost, "subprocess", SimpleNamespace(run=run, PIPE=None))
+    options = cost.parse(["--targets", "0.7", "0.3", "--batch_size", "3"])
+    assert cost.memory(options) == {"dense": 7, "pruned": 7, "ratio": 1.0}
+    assert [(own.memory_of, own.targets[0], own.batch_size) for own in started] == [
+        ("dense", 0.7, 3),
+        ("pruned", 0.7, 3),
+    ]
+
+
+@pytest.mark.parametrize("name", ["BertModel", "ModernBertModel", "LlamaModel"])
+def test_norms_are_those_of_all_that_a_group_owns(name):
+    model = tiny_model(name)
+    norms, costs = frontier.norms_and_costs(model)
+    whole = sum(float(parameter.square().sum()) for parameter in model.parameters())
+    first = 0
+    for array in partition(model).arrays:
+        zero(model, array, [1])
+        rest = sum(float(parameter.square().sum()) for parameter in model.parameters())
+        assert float(norms[first + 1] ** 2) == pytest.approx(whole - rest, rel=1e-3)
+        assert int(costs[first]) == group_sizes(name)[array.kind == "neurons"]
+        whole, first = rest, first + array.count
 
 
 def test_the_growth_with_the_model_is_measured(tmp_path, capsys):

@@ -45,6 +45,45 @@ def test_of_several_gpus_one_is_used(seen, used, tmp_path, monkeypatch):
     assert [environment.get("CUDA_VISIBLE_DEVICES") for environment in started] == [used, seen]
 
 
+def test_one_of_several_gpus_is_not_named_where_it_would_not_be_waited_for(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        options_of(tmp_path, "--device", "cuda:1")
+    assert "invalid choice: 'cuda:1'" in capsys.readouterr().err
+
+
+def test_tests_find_the_packages_that_the_command_finds(tmp_path, monkeypatch):
+    started = []
+
+    class Done:
+        def __init__(self, command, env, **streams):
+            started.append(env["PYTHONPATH"].split(gpu.os.pathsep))
+
+        def wait(self, timeout):
+            return 0
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", Done)
+    for path in ("/elsewhere/site", None):
+        if path is None:
+            monkeypatch.delenv("PYTHONPATH")
+        else:
+            monkeypatch.setenv("PYTHONPATH", path)
+        gpu.contracts(options_of(tmp_path), deadline=float("inf"))
+    number = len(gpu.JOBS["contracts"])
+    assert started == [[str(gpu.ROOT), "/elsewhere/site"]] * number + [[str(gpu.ROOT)]] * number
+
+
+def test_what_a_number_is_of_stands_once(capsys):
+    gpu.show(
+        [
+            {"part": "latency", "what": "eager", "removed": 0.5, "batch": 8, "length": 128, "ratio": 1.5},
+            {"part": "runs", "what": "float32", "run": "50 %", "ratio": 1.5, "removed": 0.49},
+        ]
+    )
+    latency, runs = capsys.readouterr().out.splitlines()
+    assert " ".join(latency.split()) == "latency eager · 0.5 · 8 · 128 ratio 1.5"
+    assert runs.endswith(" ratio 1.5, removed 0.49")
+
+
 def test_numbers_stand_beside_their_bars(capsys):
     gpu.show(
         [

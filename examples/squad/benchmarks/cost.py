@@ -292,7 +292,8 @@ def memory(options: argparse.Namespace) -> dict[str, float]:
     """Peak memory of a pruning run that does not shrink over that of a dense one, each in a process of its own."""
     peaks = {}
     for kind in ("dense", "pruned"):
-        passed = {"size": options.size, "batch_size": options.batch_size, "device": options.device, "memory_of": kind}
+        names = ("size", "batch_size", "device")
+        passed = {name: getattr(options, name) for name in names} | {"targets": options.targets[0], "memory_of": kind}
         command = [
             sys.executable,
             __file__,

@@ -256,8 +256,11 @@ def norms_and_costs(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]
     parameters = dict(model.named_parameters())
     norms, costs = [], []
     for array in partition(model).arrays:
-        parts = [parameters[name].detach().movedim(dim, 0).reshape(array.count, -1) for name, dim in array.members]
-        weights = torch.cat(parts, dim=1)
+        parts = [  # in each of the projections that lie in one matrix
+            parameters[owned.name].detach().movedim(owned.dim, 0).unflatten(0, (-1, array.count, owned.width))
+            for owned in array.owned
+        ]
+        weights = torch.cat([part.transpose(0, 1).flatten(1) for part in parts], dim=1)
         norms.append(weights.norm(dim=1))
         costs.append(torch.full((array.count,), weights.shape[1]))
     return torch.cat(norms), torch.cat(costs)

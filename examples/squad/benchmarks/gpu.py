@@ -80,7 +80,8 @@ def parse(arguments: list[str] | None) -> Options:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=SHARES, default=list(SHARES), help="In this order. All.")
     parser.add_argument("--seconds", type=float, default=300, help="For all of it. 300.")
-    parser.add_argument("--device", default="cuda", help="cuda; cpu to try it.")
+    # Which of several GPUs, CUDA_VISIBLE_DEVICES says.
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cuda; cpu to try it.")
     parser.add_argument("--small", action="store_true", help="Tiny models, few steps.")
     parser.add_argument("--output", type=Path, default=Path("build/gpu.jsonl"), help="JSON lines; build/gpu.jsonl.")
     parser.add_argument("--within", help=argparse.SUPPRESS)  # the part that this process is
@@ -159,6 +160,7 @@ def half(options: Options, deadline: float) -> None:
 def _run_tests(options: Options, deadline: float, jobs: dict[str, tuple[list[str], dict[str, str]]]) -> None:
     """All at once, as nothing is timed; each is written down when it is done, or when the time is over."""
     reports = Path(tempfile.mkdtemp())
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # packages may be there
     running: dict[str, tuple[Any, Path]] = {}
     for number, (name, (words, more)) in enumerate(jobs.items()):
         if options.device == "cpu" and "scaler" in name:  # which is for CUDA
@@ -168,7 +170,7 @@ def _run_tests(options: Options, deadline: float, jobs: dict[str, tuple[list[str
             more = {**more, "MASTER_PORT": str(free_port())}
         command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", *words, *some]
         command += [f"--junitxml={reports / str(number)}.xml", "-o", "junit_logging=no"]
-        environment = {**os.environ, "HF_OTO_TEST_DEVICE": options.device, **more, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "HF_OTO_TEST_DEVICE": options.device, **more, "PYTHONPATH": paths}
         with (reports / f"{number}.log").open("wb") as log:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         running[name] = process, reports / str(number)
@@ -564,7 +566,8 @@ def show(lines: list[dict[str, Any]]) -> None:
     """The table: a line for a number, and its bar where there is one."""
     for line in lines:
         part = line.pop("part")
-        words = [str(line[name]) for name in WORDS if name in line and (part, name) != ("runs", "removed")]
+        named = [name for name in WORDS if name in line and (part, name) != ("runs", "removed")]
+        words = [str(line[name]) for name in named]
         bar = BARS.get((part, line.get("what"), line.get("run", line.get("stage"))))
         if "error" in line and "failed" not in line:
             said = f"FAILED {line['error'][:200]}"
@@ -574,7 +577,7 @@ def show(lines: list[dict[str, Any]]) -> None:
             said += f" {sorted(line['failed'])[:20]}" if line["failed"] else ""
         else:
             numbers = {name: value for name, value in line.items() if isinstance(value, float | int)}
-            said = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if name not in words)
+            said = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if name not in named)
         verdict = (
             ""
             if bar is None or "ratio" not in line
