@@ -71,15 +71,21 @@ def goes_on(hspg: HSPG, part: PreTrainedModel, total_steps: int, *, resumes: boo
     if hspg.steps_done == 0:
         hspg.reschedule(total_steps)
         return True
-    if hspg.stage == "warmup":
-        for name in [name for name in hspg.param_groups[0] if name.startswith("hspg_")]:
-            del hspg.param_groups[0][name]
-        return False
+    check_begins(hspg)
+    for name in [name for name in hspg.param_groups[0] if name.startswith("hspg_")]:
+        del hspg.param_groups[0][name]
+    return False
+
+
+def check_begins(hspg: HSPG) -> None:
+    """Refuse, with a `ValueError`, to begin a run with a model of which groups are being removed or are gone."""
+    if hspg.steps_done == 0 or hspg.stage == "warmup":
+        return
     raise ValueError(
-        f"A run of {total_steps} steps cannot begin with a model of which {hspg.steps_done} of "
-        f"{hspg.schedule.total_steps} steps of pruning are done (stage {hspg.stage!r}). `train` was called again, or "
-        f"`auto_find_batch_size` begins anew after a batch that did not fit: set `per_device_train_batch_size` lower. "
-        f"Go on with `resume_from_checkpoint`, or make a new OTOTrainer with the model to be trained."
+        f"A run cannot begin with a model of which {hspg.steps_done} of {hspg.schedule.total_steps} steps of pruning "
+        f"are done (stage {hspg.stage!r}). `train` was called again, or `auto_find_batch_size` begins anew after a "
+        f"batch that did not fit: set `per_device_train_batch_size` lower. Go on with `resume_from_checkpoint`, or "
+        f"make a new OTOTrainer with the model to be trained."
     )
 
 

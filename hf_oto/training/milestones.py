@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ..models.sharding import is_sharded, reshard
 from ..report.milestones import Size, evaluations, folder_name, logged_name, sizes_picture
 from ..report.summary import summarize
+from .attaching import check_begins
 from .checkpoints import CheckpointingTrainer, name_of
 from .pruning import PruningTrainer
 from .refusals import check_writable
@@ -43,6 +44,9 @@ class MilestonesTrainer(PruningTrainer, CheckpointingTrainer):
         raise NotImplementedError
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        resumes = (*args, kwargs.get("resume_from_checkpoint"))[0]
+        if self.hspg is not None and self.model_init is None and not resumes:
+            check_begins(self.hspg)  # before anything of the earlier run is forgotten
         self._kept_milestone, self._began_in, self._weights_of = None, None, None
         self._shrunk_checkpoint = None  # of a call that came to nothing
         if self.oto_config.milestones and self.args.should_save and self.hp_search_backend is None:

@@ -281,6 +281,19 @@ def test_a_second_run_of_a_trainer_keeps_its_own(tmp_path, without_pictures):
     assert (tmp_path / "0.30" / "model.safetensors").read_bytes() != first
 
 
+def test_a_call_of_train_that_is_refused_forgets_nothing(tmp_path, without_pictures):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 2}
+    trainer = make(tmp_path / "run", kind=Scripted, config=SIZES, load_best_model_at_end=True, **options)
+    trainer.train()
+    log = list(trainer.state.log_history)
+    for again in ((), (None,), (False,)):
+        with pytest.raises(ValueError, match="A run cannot begin with a model of which 24 of 24 steps"):
+            trainer.train(*again)
+    assert trainer.state.log_history == log
+    trainer.save_model(str(tmp_path / "small"))
+    assert [numbers(tmp_path / "small" / name)["step"] for name in ("0.30", "0.50", "")] == [12, 18, 22]
+
+
 def test_a_model_between_sizes_has_no_numbers_of_an_earlier_one(tmp_path, without_pictures):
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "milestone.json").write_text("{}")

@@ -167,7 +167,7 @@ def test_train_again_with_another_number_of_steps(tmp_path):
     trainer.args.max_steps = STEPS
     trainer.train()  # three steps of warm-up are no harm
     assert trainer.hspg.schedule.boundaries[-1] == 14 and trainer.hspg.steps_done == STEPS
-    with pytest.raises(ValueError, match="A run of 24 steps cannot begin .* 24 of 24 .* make a new OTOTrainer"):
+    with pytest.raises(ValueError, match="A run cannot begin .* 24 of 24 .* make a new OTOTrainer"):
         trainer.train()
 
 
@@ -179,9 +179,6 @@ def test_the_same_trainer_resumes(tmp_path):
     trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if not isinstance(c, StopAt)]
     trainer.train(resume_from_checkpoint=True)
     assert same_weights(trainer.model, whole.model) and trainer.hspg.target_reached
-
-
-# The learning rate.
 
 
 def test_what_could_not_be_resumed_is_no_part_of_a_new_run(tmp_path):
@@ -204,6 +201,9 @@ def test_what_could_not_be_resumed_is_no_part_of_a_new_run(tmp_path):
 class Begun(TrainerCallback):
     def on_train_begin(self, args, state, control, model, **kwargs):
         self.counts = counts(model)
+
+
+# The learning rate.
 
 
 class Rates(TrainerCallback):
