@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 WEIGHTS: tuple[str, ...] = (
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt"),
     *("*.h5", "*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "*.gguf", "onnx", "openvino", "coreml"),
+    *("adapter_config.json", "adapter_model*"),  # with the first, Transformers looks for what an adapter is of
 )
 TRAINING: tuple[str, ...] = (
     *("optimizer.*", "optimizer_[0-9]*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin"),

@@ -137,7 +137,9 @@ def export_precisions(
         `list[Export]`: Of the files asked for, float32 first. It raises what [`export_onnx`] does.
     """
     check_packages()
-    targets = [file for file in (path, int8_path) if file is not None]
+    # Where a link leads, which may be another disk.
+    place, int8_place = (None if file is None else Path(file).resolve() for file in (path, int8_path))
+    targets = [file for file in (place, int8_place) if file is not None]
     for file in (file for target in targets for file in (target, _beside(target))):
         if file.exists():
             raise FileExistsError(f"{file} exists already. Choose another file, or remove it.")
@@ -164,17 +166,17 @@ def export_precisions(
                 f"value, and `atol` allows {atol:g}. Nothing is written."
             )
         float32 = Export(str(path), 0, *names, error, scores=None if score is None else score(session))
-        made = [] if path is None else [(plain, path, float32)]
-        if int8_path is not None:
+        made = [] if place is None else [(plain, place, float32)]
+        if int8_place is not None:
             (folder / "int8").mkdir()
-            small = _quantized(plain, folder / "int8" / int8_path.name)
+            small = _quantized(plain, folder / "int8" / int8_place.name)
             with _quiet():
                 session = inference_session(small)
                 int8_error, int8_mean = _errors(computed, session, batches)
             if int8_error != int8_error:
                 raise ValueError("The int8 model computes NaN on random tokens. Nothing is written; do without int8.")
             int8 = replace(float32, path=str(int8_path), int8_error=int8_error, int8_mean_error=int8_mean)
-            made.append((small, int8_path, replace(int8, int8_scores=None if score is None else score(session))))
+            made.append((small, int8_place, replace(int8, int8_scores=None if score is None else score(session))))
         for source, target, export in made:
             files = [file for file in (_beside(source), source) if file.exists()]  # with the graph all is there
             size = sum(file.stat().st_size for file in files)

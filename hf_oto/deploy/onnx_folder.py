@@ -89,7 +89,8 @@ def export_folder(
     path, source = Path(path), Path(source)
     if path.exists():
         raise FileExistsError(f"{path} exists already. Choose another folder, or remove it.")
-    with folder_beside(path) as folder:
+    place = path.resolve()  # where a link leads, which may be another disk
+    with folder_beside(place) as folder:
         made = folder / "model"
         (made / "onnx").mkdir(parents=True)
         copy_beside_weights(source, made)
@@ -100,7 +101,7 @@ def export_folder(
         int8_graph = made / INT8_GRAPH if int8 else None
         exports = export_precisions(model, made / GRAPH, int8_graph, pooling=pooling, **options)
         files = tuple(sorted(str(file.relative_to(made)) for file in made.rglob("*") if file.is_file()))
-        made.rename(path)
+        made.rename(place)
     placed = (dataclasses.replace(one, path=str(path / Path(one.path).relative_to(made))) for one in exports)
     return FolderExport(str(path), files, tuple(placed))
 

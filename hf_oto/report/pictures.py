@@ -211,7 +211,7 @@ def save_figure(figure: Any, path: str | os.PathLike) -> None:
         `ValueError`: The name ends in something else.
     """
     form = check_format(path)
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays one
     import matplotlib
 
     path.parent.mkdir(parents=True, exist_ok=True)

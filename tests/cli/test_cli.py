@@ -35,6 +35,7 @@ from hf_oto.cli.app import app, main
 from hf_oto.deploy import benchmark, onnx_export
 from hf_oto.deploy.answering import OnnxAnswerer
 from hf_oto.deploy.benchmark import measure
+from hf_oto.deploy.model_files import files_beside_weights
 from hf_oto.deploy.onnx_export import export_onnx, inference_session
 from hf_oto.hspg.budget import reach
 from hf_oto.models.configuration_oto import BLOCK_SPECS
@@ -353,6 +354,13 @@ def test_compress_keeps_what_it_does_not_know(tmp_path):
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert files == {"config.json", "model.safetensors", *CODE, *kept}
     assert all((out / file).read_text() == file for file in kept)
+
+
+def test_an_adapter_of_the_large_model_stays_behind(tmp_path):
+    """Where peft is installed its config alone would have the small model's loading look for its weights."""
+    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "notes.md"):
+        (tmp_path / name).write_text(name)
+    assert [path.name for path in files_beside_weights(tmp_path)] == ["notes.md"]
 
 
 def test_a_config_that_names_a_head_without_weights_is_a_base_model(tmp_path):

@@ -216,6 +216,19 @@ def test_the_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
         export_folder(small, tmp_path / "out", tmp_path / "small")
 
 
+def test_where_links_lead_is_where_files_go(tmp_path):
+    small = small_folder(tmp_path / "small")
+    for link, target in (("linked", "made"), ("model.onnx", "other.onnx"), ("small.onnx", "int8.onnx")):
+        (tmp_path / link).symlink_to(target)
+    done = export_folder(small, tmp_path / "linked", tmp_path / "small")
+    assert done.path == str(tmp_path / "linked") and (tmp_path / "made" / "onnx" / "model.onnx").is_file()
+    files = tmp_path / "model.onnx", tmp_path / "small.onnx"
+    exports = onnx_export.export_precisions(small, *files)
+    assert [export.path for export in exports] == [str(file) for file in files]
+    assert (tmp_path / "other.onnx").stat().st_size > (tmp_path / "int8.onnx").stat().st_size
+    assert all(path.is_symlink() for path in (tmp_path / "linked", *files))
+
+
 def test_the_card_beside_it_tells_to_load_the_graph(tmp_path):
     small = small_folder(tmp_path / "small", "BertForQuestionAnswering")
     own = b"# Mine \xff\r\n\n"

@@ -125,6 +125,12 @@ def test_a_plot_is_written_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == b"the last one" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "kept.png").symlink_to("real.png")
+    summarize(tiny_model("BertModel")).plot(tmp_path / "kept.png")
+    assert (tmp_path / "kept.png").is_symlink() and (tmp_path / "real.png").is_file()
+
+
 def test_what_cannot_be_drawn_is_refused(tmp_path, monkeypatch):
     summary = summarize(tiny_model("BertModel"))
     for name in ("kept.jpg", "kept"):
