@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, get_last_checkpoint, sort_checkpoints
 from transformers.utils import logging
 
 from .refusals import check_writable
@@ -37,14 +37,14 @@ class CheckpointingTrainer(Trainer):
         if self.args.save_strategy != SaveStrategy.NO and self.args.should_save and os.path.isdir(folder):
             check_writable(folder)
             clear(Path(folder))
-        self._newest_checkpoint = None
-        return super().train(*args, **kwargs)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
+        checkpoint = resumed_from(args, kwargs)
+        if checkpoint is True and os.path.isdir(folder):
+            checkpoint = get_last_checkpoint(folder)
+        if isinstance(checkpoint, str | os.PathLike):
             plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
             check_complete(checkpoint, None if plugin is None else str(plugin.state_dict_type))
-        super()._load_optimizer_and_scheduler(checkpoint)
+        self._newest_checkpoint = None
+        return super().train(*args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._checkpoints_folder or super()._get_output_dir(trial)
@@ -144,7 +144,12 @@ def remove_superfluous(run: Path, limit: int | None, best: str | None, pushed: s
     clear(run)
 
 
-def check_complete(checkpoint: str, fsdp_state: str | None) -> None:
+def resumed_from(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The checkpoint among the arguments of [`Trainer.train`]; `True` for the last one."""
+    return (*args, kwargs.get("resume_from_checkpoint"))[0]
+
+
+def check_complete(checkpoint: str | os.PathLike[str], fsdp_state: str | None) -> None:
     """
     Refuse a checkpoint that cannot be resumed from.
 

@@ -63,7 +63,7 @@ def _factor(args: TrainingArguments, optimizer: Optimizer, warmup: int, leg: Leg
     """What the rate is multiplied by at every step of a leg, counted from its first."""
     # Transformers makes schedules around an optimizer only, and lets each begin at once.
     number = nn.Parameter(torch.zeros((), dtype=torch.float32, device="cpu"))
-    unused = torch.optim.SGD([number], lr=optimizer.defaults["lr"])
+    unused = torch.optim.SGD([number], lr=optimizer.defaults.get("lr", optimizer.param_groups[0]["lr"]))
     if _decays_in_recovery(args):
         made = _stable(args, unused, warmup, leg)
     else:

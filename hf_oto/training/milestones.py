@@ -18,7 +18,7 @@ from ..models.sharding import is_sharded, reshard
 from ..report.milestones import Size, evaluations, folder_name, logged_name, sizes_picture
 from ..report.summary import summarize
 from .attaching import check_begins
-from .checkpoints import CheckpointingTrainer, name_of
+from .checkpoints import CheckpointingTrainer, name_of, resumed_from
 from .pruning import PruningTrainer
 from .refusals import check_writable
 from .saving import check_places, replacing
@@ -44,8 +44,7 @@ class MilestonesTrainer(PruningTrainer, CheckpointingTrainer):
         raise NotImplementedError
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        resumes = (*args, kwargs.get("resume_from_checkpoint"))[0]
-        if self.hspg is not None and self.model_init is None and not resumes:
+        if self.hspg is not None and self.model_init is None and not resumed_from(args, kwargs):
             check_begins(self.hspg)  # before anything of the earlier run is forgotten
         self._kept_milestone, self._began_in, self._weights_of = None, None, None
         self._shrunk_checkpoint = None  # of a call that came to nothing

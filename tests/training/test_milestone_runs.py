@@ -326,6 +326,20 @@ def test_a_decay_that_is_longer_than_what_leads_to_a_size_is_refused(tmp_path):
         make(tmp_path, config=SIZES, **options).train()
 
 
+def test_the_rate_may_be_that_of_the_groups_alone(tmp_path):
+    class Descent(torch.optim.SGD):
+        def __init__(self, groups):
+            super().__init__(groups)
+            self.defaults = {}
+
+    model, options = torch.nn.Linear(1, 1), {"lr_scheduler_type": "cosine_with_min_lr"}
+    options["lr_scheduler_kwargs"] = {"min_lr": 1e-3}
+    optimizer = Descent([{"params": list(model.parameters()), "lr": 0.1}])
+    made = scheduler_of(arguments(tmp_path, **options), SIZES, optimizer, STEPS)
+    lowest = min(made.lr_lambdas[0](step) for step in range(STEPS))
+    assert 0.01 < lowest < 0.2 and made.get_last_lr() == [0.1]
+
+
 @pytest.mark.parametrize("scheduler", ["reduce_lr_on_plateau", "greedy"])
 def test_a_rate_that_never_rises_again_is_refused(scheduler, tmp_path):
     options = {"lr_scheduler_type": scheduler, "metric_for_best_model": "loss", "eval_strategy": "steps"}

@@ -198,6 +198,18 @@ def test_what_could_not_be_resumed_is_no_part_of_a_new_run(tmp_path):
         whole.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+@pytest.mark.parametrize("lost", ["optimizer.pt", "scheduler.pt", "trainer_state.json"])
+def test_a_checkpoint_that_lacks_a_file_is_refused_before_its_weights_are_loaded(lost, tmp_path):
+    config = replace(CONFIG, shrink_during_training=True)
+    make(tmp_path, config=config, extra={"callbacks": [StopAt(16)]}, **SAVING).train()
+    (tmp_path / "checkpoint-16" / lost).unlink()
+    trainer, new = (make(tmp_path, config=config, **SAVING) for _ in range(2))
+    for checkpoint in (True, str(tmp_path / "checkpoint-16")):
+        with pytest.raises(ValueError, match=f"checkpoint-16 lacks {lost}: .* Resume from a complete checkpoint"):
+            trainer.train(resume_from_checkpoint=checkpoint)
+    assert same_weights(trainer.model, new.model)
+
+
 class Begun(TrainerCallback):
     def on_train_begin(self, args, state, control, model, **kwargs):
         self.counts = counts(model)
