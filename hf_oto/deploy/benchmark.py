@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..models.example_inputs import longest_input, unpadded_batch
+from ..models.modes import evaluating
 from ..report.summary import summarize
 from .onnx_export import check_packages, export_precisions, inference_session
 from .threads import using_threads
@@ -150,7 +151,7 @@ def _measurements(
     with ExitStack() as stack:
         number = stack.enter_context(using_threads(threads))
         for model in models:
-            model.eval()
+            stack.enter_context(evaluating(model))
         files = _exported(models, ONNX_BACKENDS.intersection(backends), stack)
         for backend in backends:
             sessions = [_session_runner(inference_session(path, number)) for path in files.get(backend, [])]

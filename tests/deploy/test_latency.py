@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from hf_oto import HSPG, OTOConfig, OTOTrainer, compress, measure_latency, partition, summarize
 from hf_oto.config import LatencyTable
 from hf_oto.deploy import latency_tables
+from hf_oto.deploy.benchmark import measure
 from hf_oto.deploy.latency_tables import _curves, _sizes
 from hf_oto.hspg.budget import check_target, removed_cost
 from hf_oto.hspg.selection import target_examples
@@ -338,3 +339,12 @@ def test_the_example_times_what_it_cut(tmp_path, capsys):
         assert row["by_table"] == removed_cost(groups, config, kept) / numbers["table"]["total"] <= 0.05
         assert -5 < row["got"] < 1
     assert "neurons first" in capsys.readouterr().out
+
+
+def test_models_that_are_compared_stay_in_their_modes():
+    models = [tiny_model("BertModel").train(training) for training in (True, False)]
+    models[0].pooler.eval()  # as one whose dropout is left out
+    seen = [[module.training for module in model.modules()] for model in models]
+    (found,) = measure(*models, sequence_lengths=(8,), repeats=1, warmup=1)
+    assert found.macs_ratio == 1
+    assert [[module.training for module in model.modules()] for model in models] == seen
