@@ -66,7 +66,11 @@ def read_questions(path: str | os.PathLike, limit: int | None = None) -> list[Qu
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         questions = [
-            Question(asked["question"], paragraph["context"], tuple(gold["text"] for gold in asked["answers"]))
+            Question(
+                _text(asked["question"]),
+                _text(paragraph["context"]),
+                tuple(_text(gold["text"]) for gold in asked["answers"]),
+            )
             for article in content["data"]
             for paragraph in article["paragraphs"]
             for asked in paragraph["qas"]
@@ -77,6 +81,12 @@ def read_questions(path: str | os.PathLike, limit: int | None = None) -> list[Qu
     if not questions:
         raise ValueError(f"{path} has no question. Give a file with some.")
     return questions[:limit]
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected a text, got {repr(value)[:80]}")
+    return value
 
 
 def squad_scores(
