@@ -82,24 +82,21 @@ def run_shrinking(rank: int, world: int, shrinks: bool) -> dict:
     return {"cuts": cuts, "weights": {key: value.detach().clone() for key, value in small.named_parameters()}}
 
 
-def run_trainer(folder: Path) -> None:
-    questions = question_batch(tiny_model(ONE_EACH[0]), size=32)
-    trainer = OTOTrainer(
+def trainer_on_questions(folder: Path, count: int, kind: type = OTOTrainer, callbacks=(), **options):
+    questions = question_batch(tiny_model(ONE_EACH[0]), size=count)
+    common = {"max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 3e-3}
+    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True}
+    return kind(
         model=tiny_model(ONE_EACH[0]),
-        args=TrainingArguments(
-            str(folder / "run"),
-            max_steps=STEPS,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            learning_rate=3e-3,
-            save_steps=12,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        ),
-        train_dataset=[{key: value[row] for key, value in questions.items()} for row in range(32)],
+        args=TrainingArguments(str(folder), **common, **quiet, **options),
+        train_dataset=[{key: value[row] for key, value in questions.items()} for row in range(count)],
         oto_config=OTOConfig(min_neurons=4, round_to=4),
+        callbacks=list(callbacks),
     )
+
+
+def run_trainer(folder: Path) -> None:
+    trainer = trainer_on_questions(folder / "run", 32, gradient_accumulation_steps=2, save_steps=12)
     trainer.train()
     weights = {key: value.detach().clone() for key, value in trainer.model.state_dict().items()}
     found = {"status": trainer.hspg.param_groups[0]["hspg_status"], "weights": weights}
@@ -107,7 +104,6 @@ def run_trainer(folder: Path) -> None:
 
 
 def run_unequal(folder: Path) -> None:
-    questions = question_batch(tiny_model(ONE_EACH[0]), size=15)
     seen = []
 
     class Look(TrainerCallback):
@@ -122,23 +118,8 @@ def run_unequal(folder: Path) -> None:
             self.rows.append(len(inputs["input_ids"]))
             return super().training_step(model, inputs, num_items_in_batch)
 
-    trainer = Counted(
-        model=tiny_model(ONE_EACH[0]),
-        args=TrainingArguments(
-            str(folder / "unequal"),
-            max_steps=STEPS,
-            per_device_train_batch_size=2,
-            accelerator_config={"even_batches": False},
-            learning_rate=3e-3,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        ),
-        train_dataset=[{key: value[row] for key, value in questions.items()} for row in range(15)],
-        oto_config=OTOConfig(min_neurons=4, round_to=4),
-        callbacks=[Look()],
-    )
+    options = {"accelerator_config": {"even_batches": False}, "save_strategy": "no"}
+    trainer = trainer_on_questions(folder / "unequal", 15, Counted, [Look()], **options)
     trainer.train()
     status, saliency = (torch.stack(values) for values in zip(*seen, strict=True))
     found = {"rows": trainer.rows, "status": status, "saliency": saliency}
